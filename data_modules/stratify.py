@@ -1,0 +1,30 @@
+"""Cutting one set of labelled samples into parts with the same share of every class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def stratified_parts(labels: torch.Tensor, fractions: Sequence[float], seed: int) -> list[torch.Tensor]:
+    """Cut sample numbers into parts of the given fractions, class by class, in a shuffled but fixed way.
+
+    Every part gets at least one sample of a class that has at least as many samples as there are parts.
+
+    Returns:
+        One sorted int64 tensor of sample numbers for each fraction; together they hold every sample once.
+    """
+    assert abs(sum(fractions) - 1.0) < 1e-9
+    generator = torch.Generator().manual_seed(seed)
+    parts: list[list[torch.Tensor]] = [[] for _ in fractions]
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero()[:, 0]
+        members = members[torch.randperm(len(members), generator=generator)]
+        counts = [round(fraction * len(members)) for fraction in fractions[1:]]
+        if len(members) >= len(fractions):
+            counts = [max(1, count) for count in counts]
+        counts.insert(0, len(members) - sum(counts))
+        for part, piece in zip(parts, members.split(counts)):
+            part.append(piece)
+    return [torch.cat(part).sort().values for part in parts]

@@ -1,0 +1,1 @@
+"""Models: nn.Module only, no files, no flags, no devices."""

@@ -1,0 +1,111 @@
+"""Command line and recipe to one frozen settings object; errors to one message and an exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from train.engine.errors import EXIT_ERROR, EXIT_USAGE, TrainingError, UsageError
+from train.engine.settings import RunSettings, check_settings
+
+Settings = TypeVar("Settings", bound=RunSettings)
+
+
+def parse_settings(kind: type[Settings], arguments: Sequence[str], description: str) -> Settings:
+    """Read the recipe named by --config, then the flags, which win.
+
+    Raises:
+        UsageError: unknown recipe key, unreadable recipe, or values out of range; nothing was written.
+        SystemExit: with code 2 for an unknown flag or a malformed value, 0 for --help.
+    """
+    recipe = _recipe_path(arguments)
+    default = _read_recipe(kind, recipe) if recipe else kind()
+    settings = tyro.cli(kind, args=list(arguments), default=default, description=description, use_underscores=True)
+    problems = check_settings(settings)
+    if problems:
+        raise UsageError(problems)
+    return settings
+
+
+def _recipe_path(arguments: Sequence[str]) -> str | None:
+    path = None
+    for position, argument in enumerate(arguments):
+        if argument == "--config" and position + 1 < len(arguments):
+            path = arguments[position + 1]
+        elif argument.startswith("--config="):
+            path = argument.removeprefix("--config=")
+    return path
+
+
+def _read_recipe(kind: type[Settings], path: str) -> Settings:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path}: must hold lines of the form 'name: value'")
+    names = [field.name for field in dataclasses.fields(kind)]
+    problems = []
+    for key in values:
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, n=1)
+            problems.append(f"{path}: unknown key {key!r}" + (f"; perhaps you meant {close[0]!r}" if close else ""))
+    if problems:
+        raise UsageError(problems)
+    # The values pass through the parser of the flags: YAML 1.1 reads 1e-3 as text, and there is one set of rules.
+    flags = [flag for key, value in values.items() for flag in _as_flags(key, value)]
+    return tyro.cli(kind, args=flags, prog=f"recipe {path}", use_underscores=True)
+
+
+def _as_flags(key: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{key}" if value else f"--no-{key}"]
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}", str(value)]
+
+
+def settings_to_yaml(settings: RunSettings) -> str:
+    """Return the resolved settings as a recipe that `--config` accepts."""
+    values = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(settings).items()
+        if key != "config" and value != ()
+    }
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def run_script(main: Callable[[Settings], int], kind: type[Settings], description: str) -> None:
+    """Parse the command line, run `main`, and leave with its exit code.
+
+    A UsageError becomes one message and exit code 2, a TrainingError one message and exit code 1.
+    """
+    try:
+        code = main(parse_settings(kind, sys.argv[1:], description))
+    except UsageError as error:
+        code = EXIT_USAGE
+        _print_error("\n".join(f"error: {problem}" for problem in error.problems))
+    except TrainingError as error:
+        code = EXIT_ERROR
+        _print_error(f"error: {error}")
+    except Exception:
+        code = EXIT_ERROR
+        traceback.print_exc()
+    sys.exit(code)
+
+
+def _print_error(text: str) -> None:
+    from train.engine.runtime import is_main_process
+
+    if is_main_process():  # the others found the same
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,21 @@
+"""Exit codes, and the errors that are messages for a person."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_PREFLIGHT = 3
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, checkpoint saved, run again to go on
+
+
+class UsageError(ValueError):
+    """Bad usage or bad input: says what, where and what to do. Ends a script with exit code 2."""
+
+    def __init__(self, problems: str | list[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else problems
+        super().__init__("\n".join(self.problems))
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; what was saved is intact. Ends a script with exit code 1 and no traceback."""

@@ -1,0 +1,59 @@
+"""Evaluation in which every sample counts exactly once, on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from train.engine.runtime import Runtime
+
+Batch = dict[str, torch.Tensor]
+# What a script says of a batch: per-sample values of shape [B] by metric name; "loss" is what training lowers.
+Measure = Callable[[nn.Module, Batch], dict[str, torch.Tensor]]
+
+
+class Slot(Protocol):
+    """Part of a batch; the first `count` rows are real samples, the others fillers."""
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def batch(self) -> Any: ...
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, measure: Measure, slots: Iterable[Slot], runtime: Runtime) -> dict[str, float]:
+    """Return the mean of each metric over all samples of all processes.
+
+    Sums are exact in float64 and reduced once at the end; means of batch means would be wrong for the last batch.
+    """
+    was_training = model.training
+    model.eval()
+    sums: torch.Tensor | None = None
+    names: list[str] = []
+    try:
+        for slot in slots:
+            values = measure(model, slot.batch)
+            names = list(values)
+            part = add_up(values, slot.count)
+            sums = part if sums is None else sums + part
+    finally:
+        model.train(was_training)
+    assert sums is not None, "every process gets at least one evaluation batch"
+    *totals, count = runtime.sum(sums).tolist()
+    return {name: total / count for name, total in zip(names, totals)}
+
+
+def add_up(values: dict[str, torch.Tensor], count: int) -> torch.Tensor:
+    """Return the sums of per-sample values over the first `count` samples, and the count, float64 [metrics + 1]."""
+    sums = [value.detach()[:count].sum() for value in values.values()]
+    # float64 does not exist on Apple's GPUs.
+    kind = torch.float32 if sums[0].device.type == "mps" else torch.float64
+    return torch.stack([*sums, torch.tensor(float(count), device=sums[0].device)]).to(kind)

@@ -1,0 +1,440 @@
+"""The one sharded training loop, read from top to bottom.
+
+A step uses one global batch: each slot runs forward and backward with its own seed, gradients are summed over slots
+and processes, checked, clipped and applied. Everything that can happen between two steps (log, evaluate, save, stop)
+happens in `_between_steps`, so that a checkpoint is always the state at a step boundary.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from train.engine.checkpoint import CheckpointWriter
+from train.engine.errors import TrainingError
+from train.engine.evaluation import Measure, Slot, add_up
+from train.engine.preemption import Preemption, Request
+from train.engine.randomness import derive_seed, seed_torch
+from train.engine.runtime import Runtime
+from train.engine.schedule import build_schedule
+from train.engine.session import Session, environment
+from train.engine.settings import TrainSettings, parse_every
+from train.engine.state import RunState, capture, full, named_tensors
+from train.engine.tracking import Tracker
+
+MOST_SKIPPED_IN_A_ROW = 10
+# With fp16 the loss scale starts at 65,536 and may halve many times before the first finite step.
+MOST_SKIPPED_IN_A_ROW_FP16 = 40
+
+
+class GlobalBatch(Protocol):
+    """This process's slots of one global batch of `size` samples."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def slots(self) -> list[Any]: ...
+
+
+class Loader(Protocol):
+    """Batches of the training split, in an order that depends on the epoch only."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    def batches(self, epoch: int, start: int) -> Iterator[Any]: ...
+
+
+@dataclass
+class Loop:
+    """Trains until the run is finished or asked to stop."""
+
+    settings: TrainSettings
+    runtime: Runtime
+    session: Session
+    state: RunState
+    loader: Loader
+    measure: Measure
+    evaluate: Callable[[nn.Module], dict[str, float]]  # means of the metrics over the validation split
+    tracker: Tracker
+    data: dict[str, Any]  # what a run must remember of its data, in plain values
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        run = self.session.run
+        self.writer = None  # on rank 0 only
+        if run is not None and self.runtime.is_main:
+            self.writer = CheckpointWriter(run.checkpoints, settings.keep_checkpoints)
+        self.record = {  # every checkpoint carries it beside the state
+            "config": asdict(settings),
+            "precision": self.runtime.accelerator.mixed_precision,
+            "data": self.data,
+            "environment": environment(self.runtime),
+        }
+        self.steps_per_epoch = -(-self.loader.num_samples // self.loader.batch_size)
+        self.total_steps = settings.num_train_epochs * self.steps_per_epoch
+        if settings.max_train_steps is not None:
+            self.total_steps = min(self.total_steps, settings.max_train_steps)
+        if settings.dry_run:
+            self.total_steps = 1
+        self.schedule = build_schedule(settings, self.total_steps)
+        self.checkpoint_every = parse_every(settings.checkpoint_every)
+        self.eval_every = parse_every(settings.eval_every, minutes=False)
+        self.parameters = [p for p in self.state.model.parameters() if p.requires_grad]
+        self.buffers = list(self.state.model.buffers())
+        self.on_cpu = self.runtime.device.type == "cpu"
+        self.norms: list[tuple[int, torch.Tensor]] = []  # gradient norms of steps, not yet looked at
+        self.last_save = self.window_start = time.perf_counter()
+        self.window_samples = 0
+        self.metric_names: list[str] = []
+
+    # ---- the story ---------------------------------------------------------------------------------------------------
+
+    def train(self) -> Request:
+        """Train; return NOTHING when the run is finished, STOP when it was stopped and saved.
+
+        Raises:
+            TrainingError: non-finite values that may not be skipped, or a checkpoint that could not be written; the
+                checkpoints before are intact.
+        """
+        progress = self.state.progress
+        stopped_early = progress.early_stopping.exhausted(self.settings.early_stopping_patience)
+        progress.finished = progress.step >= self.total_steps or stopped_early
+        self.state.model.train()
+        warm = not (isinstance(self.state.model, DistributedDataParallel) and self.runtime.num_processes > 2)
+        with Preemption(self.runtime.control) as preemption, self._progress_bar() as bar:
+            request = Request.NOTHING
+            while not progress.finished and request is not Request.STOP:
+                for batch in self.loader.batches(progress.epoch, progress.sample):
+                    if not warm:
+                        self._warm_up_buckets(batch)
+                        warm = True
+                    self._step(batch)
+                    request = preemption.agree()
+                    self._between_steps(request, preemption, bar)
+                    if progress.finished or request is Request.STOP:
+                        break
+            preemption.settle()
+            self.runtime.on_main(self._wait_for_writer)
+            if request is Request.STOP:
+                self.runtime.say(f"stopped by {preemption.signal_name or 'another process'} after step {progress.step}")
+        return Request.NOTHING if progress.finished else request
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def _step(self, batch: GlobalBatch) -> None:
+        """Use one global batch."""
+        state, progress, device = self.state, self.state.progress, self.runtime.device
+        rate = self.settings.learning_rate * self.schedule(progress.step) * progress.plateau.scale
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        sums: torch.Tensor | None = None
+        kept_buffers: list[torch.Tensor] | None = None
+        for position, slot in enumerate(batch.slots):
+            seed_torch(derive_seed(self.settings.seed, progress.step, slot.number), device)
+            values = self._forward_backward(slot, batch.size, last=position == len(batch.slots) - 1)
+            part = add_up(values, slot.count)
+            sums = part if sums is None else sums + part
+            if slot.number == 0 and self.session.batching.slots > 1:
+                kept_buffers = [buffer.clone() for buffer in self.buffers]
+        assert sums is not None
+        self._share_buffers(kept_buffers)
+        self._apply(sums)
+        progress.step += 1
+        progress.sample += batch.size
+        progress.samples_seen += batch.size
+        self.window_samples += batch.size
+        if progress.sample >= self.loader.num_samples:
+            progress.epoch, progress.sample = progress.epoch + 1, 0
+
+    def _forward_backward(self, slot: Slot, batch_size: int, *, last: bool) -> dict[str, torch.Tensor]:
+        """Add one slot's gradient of the mean loss over the global batch; processes exchange on the last slot."""
+        accelerator = self.runtime.accelerator
+        with nullcontext() if last else accelerator.no_sync(self.state.model):
+            values = self.measure(self.state.model, slot.batch)
+            loss = values["loss"][: slot.count].sum()
+            if not self.metric_names:
+                self.metric_names = list(values)
+            # The wrappers average gradients over processes, hence the factor. x - x is 0, or NaN if the loss is not
+            # finite: then the gradients are NaN on every process, and all skip the step without exchanging a word.
+            fixed = loss.detach()
+            loss = loss * (self.runtime.num_processes / batch_size + (fixed - fixed))
+            if self.state.scaler is not None:
+                loss = self.state.scaler.scale(loss)
+            loss.backward()
+        return values
+
+    def _apply(self, sums: torch.Tensor) -> None:
+        """Clip the gradients and update the weights, unless anything is not finite."""
+        state, settings = self.state, self.settings
+        optimizer, scaler = state.optimizer, state.scaler
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if settings.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters, settings.max_grad_norm, norm)
+        clipped = (norm > (settings.max_grad_norm or math.inf)).to(norm.dtype)
+        part = torch.cat([sums, torch.stack([norm, clipped, torch.ones_like(norm)]).to(sums.dtype)])
+        finite = norm.isfinite()
+        if self.on_cpu and scaler is None:
+            if finite:
+                optimizer.step()
+        elif scaler is not None:
+            scaler.step(optimizer)
+            scaler.update()
+        elif any(group.get("fused") for group in optimizer.param_groups):
+            optimizer.found_inf = (~finite).float()  # the fused kernels leave everything as it is where this is 1
+            optimizer.step()
+        elif finite.item():  # waits for the device; only optimizers without a fused form pay
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if state.window is None:
+            state.window = torch.zeros_like(part)
+        state.window += torch.where(finite, part, torch.zeros_like(part))
+        self.norms.append((state.progress.step, norm))
+        if state.ema is not None:
+            self._update_ema(state.ema)
+        if self.on_cpu:
+            self._look_at_norms()
+
+    def _share_buffers(self, kept: list[torch.Tensor] | None) -> None:
+        """Give all processes the buffers (batch norm's averages, say) as slot 0 left them.
+
+        So they do not depend on how slots are spread over processes and passes.
+        """
+        if not self.buffers or self.session.batching.slots == 1:
+            return
+        if kept is not None:
+            torch._foreach_copy_(self.buffers, kept)
+        if self.runtime.num_processes > 1:
+            for dtype in {buffer.dtype for buffer in self.buffers}:
+                same = [buffer for buffer in self.buffers if buffer.dtype == dtype]
+                flat = torch.cat([buffer.reshape(-1) for buffer in same])
+                dist.broadcast(flat, src=0)
+                for buffer, part in zip(same, flat.split([buffer.numel() for buffer in same])):
+                    buffer.copy_(part.view_as(buffer))
+
+    def _update_ema(self, ema: dict[str, torch.Tensor]) -> None:
+        # The average starts fast, so that it forgets the initial weights in short runs too.
+        done = self.state.progress.step + 1
+        decay = min(self.settings.ema_decay, (1 + done) / (10 + done))
+        with torch.no_grad():
+            for name, value in named_tensors(self.state.model)[0].items():
+                if value.is_floating_point():
+                    ema[name].lerp_(value, 1 - decay)
+                else:
+                    ema[name].copy_(value)
+
+    def _look_at_norms(self) -> None:
+        """Count steps that were not applied; on a GPU several at once, because looking waits for the device.
+
+        Raises:
+            TrainingError: such a step may not be skipped, or there were too many in a row.
+        """
+        progress, settings = self.state.progress, self.settings
+        most = MOST_SKIPPED_IN_A_ROW if self.state.scaler is None else MOST_SKIPPED_IN_A_ROW_FP16
+        norms, self.norms = self.norms, []
+        for step, norm in norms:
+            if math.isfinite(norm.item()):
+                progress.skipped_in_a_row = 0
+                continue
+            progress.skipped_steps += 1
+            progress.skipped_in_a_row += 1
+            rate = self.state.optimizer.param_groups[0]["lr"]
+            text = (
+                f"step {step + 1}: the loss or a gradient is NaN or infinite (learning rate {rate:.3g}); the step was "
+                "not applied"
+            )
+            forgiving = settings.on_nonfinite == "skip" or self.state.scaler is not None
+            if not forgiving or progress.skipped_in_a_row >= most:
+                raise TrainingError(
+                    f"{text}. {progress.skipped_in_a_row} in a row. Usual causes, in this order: the learning rate is "
+                    "too high; the input holds NaN or is not normalised; log or division by zero in the loss; fp16 "
+                    "overflow. Weights and checkpoints are intact. Go on from the latest checkpoint with a lower "
+                    "--learning_rate (and --allow_changes learning_rate), or with --on_nonfinite skip"
+                )
+            if self.state.scaler is None:
+                self.runtime.say(text)
+
+    def _warm_up_buckets(self, batch: GlobalBatch) -> None:
+        """Run two passes whose gradients are dropped.
+
+        DistributedDataParallel regroups its buckets after the first pass, which changes the order of sums on three
+        or more processes (torch 2.13). Afterwards the first step after a restart is as any other.
+        """
+        kept = [buffer.clone() for buffer in self.buffers]
+        for _ in range(2):
+            seed_torch(0, self.runtime.device)
+            self._forward_backward(batch.slots[0], batch.size, last=True)
+            self.state.optimizer.zero_grad(set_to_none=True)
+        for buffer, value in zip(self.buffers, kept):
+            buffer.copy_(value)
+
+    # ---- between two steps -------------------------------------------------------------------------------------------
+
+    def _between_steps(self, request: Request, preemption: Preemption, bar: Any) -> None:
+        """Do what is due at this step: log, evaluate, save, in this order."""
+        progress, settings = self.state.progress, self.settings
+        if request is Request.ABORT:
+            self.runtime.on_main(self._wait_for_writer)
+        progress.finished = progress.step >= self.total_steps
+        evaluate = progress.finished or self._due(self.eval_every.in_steps(self.steps_per_epoch))
+        log = evaluate or progress.step % settings.log_every == 0
+        values: dict[str, float] = {}
+        if log:
+            self._look_at_norms()
+            values |= self._training_values()
+            shown = {"loss": f"{values['train/loss']:.4f}", "lr": f"{values['train/learning_rate']:.2e}"}
+            bar.set_postfix(shown, refresh=False)
+        improved = False
+        if evaluate:
+            evaluation, improved = self._evaluate()
+            values |= evaluation
+        bar.update(progress.step - bar.n)
+        if log:
+            self.tracker.log(progress.step, values)
+        if evaluate:
+            self._say_evaluation(values, bar)
+        stop = request in (Request.STOP, Request.SAVE)
+        if stop or improved or progress.finished or self._due(self.checkpoint_every.in_steps(self.steps_per_epoch)):
+            self._save()
+        if log or evaluate:
+            self.window_start, self.window_samples = time.perf_counter(), 0
+        self._watch_writer(preemption)
+
+    def _due(self, every: int | None) -> bool:
+        """Say whether an interval of so many steps ends here. Whole epochs end where the epoch does."""
+        return every is not None and self.state.progress.step % every == 0
+
+    def _training_values(self) -> dict[str, float]:
+        """Return and reset the means since the last line."""
+        state = self.state
+        assert state.window is not None
+        *totals, count, norm, clipped, steps = self.runtime.sum(state.window).tolist()
+        state.window.zero_()
+        now = time.perf_counter()
+        state.progress.train_seconds += now - self.window_start
+        values = {f"train/{name}": total / max(count, 1) for name, total in zip(self.metric_names, totals)}
+        values |= {
+            "train/learning_rate": state.optimizer.param_groups[0]["lr"],
+            "train/grad_norm": norm / max(steps, 1),
+            "train/clip_rate": clipped / max(steps, 1),
+            "train/skipped_steps": state.progress.skipped_steps,
+            "epoch": state.progress.epoch + state.progress.sample / self.loader.num_samples,
+            "perf/samples_per_second": self.window_samples / max(now - self.window_start, 1e-9),
+            "perf/memory_mb": psutil.Process().memory_info().rss / 2**20,
+        }
+        if self.runtime.device.type == "cuda":
+            values["perf/device_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        return values
+
+    def _evaluate(self) -> tuple[dict[str, float], bool]:
+        """Evaluate; update best, early stopping and plateau. Return the values and whether they are the best yet."""
+        state, settings, progress = self.state, self.settings, self.state.progress
+        values = {f"val/{name}": value for name, value in self.evaluate(state.model).items()}
+        if state.ema is not None:
+            with averaged_weights(state):
+                values |= {f"val/ema_{name}": value for name, value in self.evaluate(state.model).items()}
+        if settings.best_metric not in values:
+            raise TrainingError(f"--best_metric {settings.best_metric}: evaluation gives {', '.join(values)}")
+        score = values[settings.best_metric]
+        sign = 1.0 if settings.best_mode == "min" else -1.0
+        best = progress.best_value
+        improved = not math.isnan(score) and (best is None or sign * score < sign * best)
+        if improved:
+            progress.best_value, progress.best_step = score, progress.step
+        progress.metrics, progress.metrics_step = values, progress.step
+        progress.early_stopping.update(sign * score, settings.early_stopping_min_delta)
+        if settings.lr_scheduler == "plateau":
+            progress.plateau.update(values["val/loss"], settings.lr_gamma, settings.lr_patience)
+        if progress.early_stopping.exhausted(settings.early_stopping_patience):
+            self.runtime.say(f"early stop: no better {settings.best_metric} in {settings.early_stopping_patience} evaluations")
+            progress.finished = True
+        return values, improved
+
+    def _say_evaluation(self, values: dict[str, float], bar: Any) -> None:
+        if self.runtime.is_main:
+            shown = [f"{name} {values[name]:.4f}" for name in values if name.startswith("val/")]
+            total = self.settings.num_train_epochs
+            bar.write(
+                f"step {self.state.progress.step}/{self.total_steps}  epoch {values['epoch']:.2f}/{total}  "
+                f"train/loss {values['train/loss']:.4f}  {'  '.join(shown)}  "
+                f"{values['perf/samples_per_second']:,.0f} samples/s"
+            )
+
+    def _save(self) -> None:
+        """Save the state at this step."""
+        self._look_at_norms()
+        self.last_save = time.perf_counter()
+        run = self.session.run
+        if run is None:
+            return
+        self.state.progress.metrics_bytes = self.tracker.position
+        live, record = capture(self.state, self.runtime)
+        files = {file: {name: full(tensor) for name, tensor in tensors.items()} for file, tensors in live.items()}
+        if self.writer is not None:
+            self.writer.save(files, self.record | record, also_flush=[run.metrics])
+
+    def _wait_for_writer(self) -> None:
+        if self.writer is not None:
+            self.writer.wait()
+
+    def _watch_writer(self, preemption: Preemption) -> None:
+        """On rank 0: surface errors of the writing thread, and ask for saves by the minute."""
+        if self.writer is None:
+            return
+        if self.writer.failed:
+            if self.runtime.num_processes == 1:
+                self.writer.check()
+            preemption.wish = Request.ABORT  # all processes leave together, at the next step
+        elif self.checkpoint_every.unit == "minutes" and preemption.wish is Request.NOTHING:
+            if time.perf_counter() - self.last_save > self.checkpoint_every.count * 60:
+                preemption.wish = Request.SAVE
+
+    def _progress_bar(self) -> Any:
+        return tqdm(
+            total=self.total_steps,
+            initial=self.state.progress.step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None if self.runtime.is_main else True,  # None: off where there is no terminal
+        )
+
+
+class averaged_weights:  # noqa: N801
+    """Put the averaged weights into the model while it is entered."""
+
+    def __init__(self, state: RunState) -> None:
+        assert state.ema is not None
+        self.live = named_tensors(state.model)[0]
+        self.ema = state.ema
+
+    def __enter__(self) -> None:
+        with torch.no_grad():
+            self.kept = {name: value.detach().clone() for name, value in self.live.items()}
+            for name, value in self.live.items():
+                value.copy_(self.ema[name])
+
+    def __exit__(self, *_: object) -> None:
+        with torch.no_grad():
+            for name, value in self.live.items():
+                value.copy_(self.kept[name])

@@ -1,0 +1,96 @@
+"""Signals to a flag that all processes agree on, at no measurable cost.
+
+Ctrl-C, SIGTERM and SIGUSR1 only set a flag. Each step starts a one-number maximum over all processes and reads the
+result of the step before, which has long arrived: so all processes act at the same step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from enum import IntEnum
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class Request(IntEnum):
+    """What a process asks all others to do at the next step; the highest wins."""
+
+    NOTHING = 0
+    SAVE = 1  # minutes since the last checkpoint have passed
+    STOP = 2  # save and leave
+    ABORT = 3  # leave without saving: rank 0 cannot write
+
+
+class Preemption:
+    """Catches stop signals while it is entered; the handlers before come back at exit."""
+
+    def __init__(self, control: dist.ProcessGroup | None) -> None:
+        self.signal_name: str | None = None
+        self.wish = Request.NOTHING  # of this process
+        self._control = control
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Preemption:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._receive)
+        _hear_of_launcher_death()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_name is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait
+        self.signal_name = signal.Signals(number).name
+        self.wish = Request.STOP
+
+    def agree(self) -> Request:
+        """Return what the processes agreed on; to be called once a step by all of them.
+
+        With several processes the answer is one step old, so that nobody waits for it.
+        """
+        if self._control is None:
+            return self._take()
+        agreed = Request.NOTHING
+        if self._pending is not None:
+            work, value = self._pending
+            work.wait()
+            agreed = Request(int(value))
+        value = torch.tensor(int(self._take()))
+        work = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._control, async_op=True)
+        assert work is not None
+        self._pending = (work, value)
+        return agreed
+
+    def settle(self) -> None:
+        """Finish the reduction under way, before the process group is used for other things or closed."""
+        if self._pending is not None:
+            self._pending[0].wait()
+            self._pending = None
+
+    def _take(self) -> Request:
+        wish = self.wish
+        if wish is Request.SAVE:
+            self.wish = Request.NOTHING
+        return wish
+
+
+def _hear_of_launcher_death() -> None:
+    """Ask Linux for SIGTERM when the launcher dies.
+
+    The single-process `accelerate launch` forwards no signal (accelerate 1.15): without this, SIGTERM kills it and
+    leaves this process running unheard. torchrun does forward and is left alone.
+    """
+    alone = "ACCELERATE_DYNAMO_BACKEND" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    if alone and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG

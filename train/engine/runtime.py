@@ -1,0 +1,143 @@
+"""Processes, device and precision of a run, through Accelerate; and how processes agree on things."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from train.engine.errors import TrainingError, UsageError
+from train.engine.randomness import seed_all, use_deterministic_algorithms
+from train.engine.settings import RunSettings
+
+Value = TypeVar("Value")
+
+
+def is_main_process() -> bool:
+    """Say whether this is rank 0, also before the processes have met."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@dataclass
+class Runtime:
+    """What every part of a run needs to know of the machine."""
+
+    accelerator: Accelerator
+    control: dist.ProcessGroup | None  # gloo, for small messages between CPUs; None with one process
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def num_processes(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def broadcast(self, value: Value) -> Value:
+        """Return rank 0's value on every process."""
+        if self.control is None:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def on_main(self, work: Callable[[], Value]) -> Value:
+        """Run `work` on rank 0 and return its value everywhere.
+
+        Raises:
+            UsageError, TrainingError: on every process, if rank 0 raised it; nobody is left waiting.
+        """
+        outcome: Any = None
+        if self.is_main:
+            try:
+                outcome = work()
+            except (UsageError, TrainingError) as error:
+                outcome = error
+        outcome = self.broadcast(outcome)
+        if isinstance(outcome, (UsageError, TrainingError)):
+            raise outcome
+        return outcome
+
+    def main_first(self, work: Callable[[], Value]) -> Value:
+        """Run `work` on rank 0, then on the others, which find rank 0's cached files.
+
+        Raises:
+            UsageError: on every process, if rank 0 raised it.
+        """
+        mine: list[Value] = []
+        self.on_main(lambda: mine.append(work()))
+        return mine[0] if self.is_main else work()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over all processes, on the CPU in float64."""
+        values = values.detach().to("cpu", torch.float64)
+        if self.control is not None:
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Return the CPU tensors of all processes, in the order of the ranks; shapes must agree."""
+        if self.control is None:
+            return [values]
+        everyone = [torch.empty_like(values) for _ in range(self.num_processes)]
+        dist.all_gather(everyone, values.contiguous(), group=self.control)
+        return everyone
+
+    def close(self) -> None:
+        """Leave the process group, so that no warning is printed at exit."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start_runtime(settings: RunSettings) -> Runtime:
+    """Start Accelerate, check what it made of the request, and seed everything.
+
+    Raises:
+        UsageError: the precision asked for is not to be had on this device.
+    """
+    try:
+        accelerator = Accelerator(
+            mixed_precision=settings.mixed_precision,
+            # Without this, several CPU processes silently become several single ones (accelerate 1.15).
+            cpu=not torch.accelerator.is_available(),
+            kwargs_handlers=[
+                # Buffers are kept equal by the loop, by a rule that does not depend on the number of processes.
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
+            ],
+        )
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"--mixed_precision {settings.mixed_precision}: {error}") from error
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise UsageError(
+            f"the launcher started {launched} processes but Accelerate sees {accelerator.num_processes}: on CPUs, "
+            "start them with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N"
+        )
+    seed_all(settings.seed)
+    if settings.deterministic:
+        use_deterministic_algorithms()
+    else:
+        torch.backends.cudnn.benchmark = True
+    control = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+    return Runtime(accelerator, control)

@@ -1,0 +1,261 @@
+"""Opening a run: find or make its directory, choose the checkpoint to go on from, and put the state into it.
+
+The order matters and is the same on every start:
+1. rank 0 opens and locks the run directory and sweeps leftovers;
+2. rank 0 chooses a checkpoint, verifies it and compares its settings with the new ones; all hear the choice;
+3. the batch is cut into slots, as the checkpoint has them;
+4. model and optimizer are built and wrapped, by the script;
+5. all processes load the checkpoint into them;
+6. newer checkpoints, which are damaged or of another course, are set aside;
+7. metrics.jsonl is cut back to the checkpoint, trackers start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.engine import checkpoint, storage
+from train.engine.batching import Batching, plan_batching
+from train.engine.checkpoint import Checkpoint, DamagedCheckpoint
+from train.engine.cli import settings_to_yaml
+from train.engine.errors import UsageError
+from train.engine.optimizer import build_optimizer
+from train.engine.plots import draw_curves
+from train.engine.run_directory import RunDirectory, open_run
+from train.engine.runtime import Runtime
+from train.engine.settings import RunSettings, TrainSettings
+from train.engine.state import Progress, RunState, named_tensors, restore, restore_model
+from train.engine.tracking import Tracker
+
+
+def default_run_name(settings: RunSettings, parts: list[str]) -> str:
+    """Return a name that is the same for the same command, and another one for other settings.
+
+    Only settings that differ from their defaults and can change the result count, so longer training, say, continues
+    the run.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    changed = {
+        name: value
+        for name, value in sorted(dataclasses.asdict(settings).items())
+        if name not in settings.neutral and value != defaults[name]
+    }
+    digest = hashlib.sha256(json.dumps(changed).encode()).hexdigest()[:6]
+    plain = ["".join(letter if letter.isalnum() or letter in "_.=" else "-" for letter in part) for part in parts]
+    return "-".join([*(part.strip("-.") for part in plain), digest])
+
+
+@dataclass(frozen=True)
+class Session:
+    """One start of a run."""
+
+    run: RunDirectory | None  # None for a dry run; on other ranks than 0 it only names the paths
+    found: Checkpoint | None  # where to go on from
+    batching: Batching
+
+
+def check_output(settings: RunSettings) -> None:
+    """Refuse an output folder that cannot be written, before anything is loaded.
+
+    Raises:
+        UsageError: says which folder and why.
+    """
+    folder = Path(settings.output_dir).absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        reason = "may not be written" if folder.is_dir() else "is no folder"
+        raise UsageError(f"--output_dir {settings.output_dir}: {folder} {reason}; choose another folder")
+
+
+def open_session(settings: TrainSettings, runtime: Runtime, data: dict[str, Any]) -> Session:
+    """Open the run on rank 0, choose the checkpoint to resume, if any, and cut the batch; the same on all processes.
+
+    Raises:
+        UsageError: on all processes: the folder cannot be written or is in use, the checkpoint asked for does not
+            exist or is damaged, settings that change the result differ, or the batch does not divide. Nothing was
+            changed.
+    """
+    if settings.dry_run:
+        return Session(None, None, plan_batching(settings, runtime.num_processes))
+    assert settings.run_name is not None
+    path = Path(settings.output_dir) / settings.run_name
+    mine: list[RunDirectory] = []
+
+    def choose() -> tuple[Checkpoint | None, Batching, list[str]]:
+        if not checkpoint.list_steps(path / "checkpoints"):
+            plan_batching(settings, runtime.num_processes)  # refuses before a folder is made
+        mine.append(open_run(path))
+        found, messages = _choose(settings, mine[0])
+        saved_slots = None
+        if found is not None:
+            messages += _compare(settings, runtime, data, found)
+            messages += [f"resuming {path} from step {found.step} ({found.path})"]
+            saved_slots = found.record["progress"]["slots"]
+        return found, plan_batching(settings, runtime.num_processes, saved_slots), messages
+
+    found, batching, messages = runtime.on_main(choose)
+    for message in messages:
+        runtime.say(message)
+    return Session(mine[0] if mine else RunDirectory(path), found, batching)
+
+
+def prepare_state(settings: TrainSettings, runtime: Runtime, session: Session, model: nn.Module) -> RunState:
+    """Wrap the model for training, build its optimizer, and load the checkpoint into both.
+
+    Raises:
+        UsageError: the checkpoint does not fit the model.
+    """
+    if settings.compile:
+        model = torch.compile(model)  # type: ignore[assignment]
+    model, optimizer = runtime.accelerator.prepare(model, build_optimizer(settings, model))
+    state = RunState(model, optimizer.optimizer, Progress(session.batching.slots), runtime.accelerator.scaler)
+    if settings.ema_decay > 0:
+        state.ema = {name: value.detach().clone() for name, value in named_tensors(model)[0].items()}
+    if session.found is not None:
+        try:
+            restore(state, runtime, session.found.load(), session.found.record)
+        except ValueError as error:
+            raise UsageError(f"{session.found.path}: {error}") from error
+        state.progress.slots = session.batching.slots
+    return state
+
+
+def start_tracking(settings: RunSettings, runtime: Runtime, session: Session) -> Tracker:
+    """Make the directory ready for this start, on rank 0: set newer checkpoints aside, cut metrics back, track."""
+    run, found = session.run, session.found
+    if run is None or not runtime.is_main:
+        return Tracker(None)
+    moved = checkpoint.set_aside_newer(run.checkpoints, None if found is None else found.step)
+    if moved:
+        print(f"set aside in {run.checkpoints / 'set_aside'}: {', '.join(moved)}")
+    storage.replace_file(run.path / "config.yaml", settings_to_yaml(settings))
+    tracker = Tracker(run, 0 if found is None else found.record["progress"]["metrics_bytes"])
+    if settings.tracker == "wandb":
+        tracker.start_wandb(run, settings.wandb_project, dataclasses.asdict(settings))
+    return tracker
+
+
+def best_weights(settings: TrainSettings, runtime: Runtime, session: Session, state: RunState) -> int:
+    """Put the weights of the best checkpoint into the model, on all processes, and return their step."""
+    assert session.run is not None
+    folder = session.run.checkpoints
+    best, damages = runtime.on_main(lambda: checkpoint.find_best(folder))
+    for damage in damages:
+        runtime.say(f"skipped a checkpoint: {damage}")
+    if best is None:
+        return state.progress.step
+    files = best.load()
+    averaged = settings.best_metric.startswith("val/ema_")
+    restore_model(state.model, files["ema" if averaged else "model"], best.record["aliases"])
+    return best.step
+
+
+def environment(runtime: Runtime) -> dict[str, Any]:
+    """Return what a checkpoint says of where it was made."""
+    return {
+        "num_processes": runtime.num_processes,
+        "num_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if runtime.device.type == "cuda" else runtime.device.type,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _choose(settings: RunSettings, run: RunDirectory) -> tuple[Checkpoint | None, list[str]]:
+    folder, wish = run.checkpoints, settings.resume
+    if wish == "never":
+        if checkpoint.list_steps(folder):
+            raise UsageError(f"--resume never: {run.path} has checkpoints already; choose another --run_name")
+        return None, []
+    if wish in ("auto", "latest", "best"):
+        found, damages = checkpoint.find_best(folder) if wish == "best" else checkpoint.find_newest(folder)
+        messages = [f"skipped a checkpoint: {damage}" for damage in damages]
+        if found is None and wish != "auto":
+            raise UsageError([*messages, f"--resume {wish}: {run.path} has no valid checkpoint"])
+        return found, messages
+    path = Path(wish)
+    if not path.exists():
+        raise UsageError(f"--resume {wish}: neither auto, never, latest, best nor a checkpoint's folder")
+    try:
+        return checkpoint.open_checkpoint(path), []
+    except DamagedCheckpoint as error:
+        raise UsageError(f"--resume: {error}") from error
+
+
+def _compare(settings: RunSettings, runtime: Runtime, data: dict[str, Any], found: Checkpoint) -> list[str]:
+    """Return notes on harmless differences between the checkpoint's settings and the new ones.
+
+    Raises:
+        UsageError: a setting that changes the result differs and the user has not agreed.
+    """
+    saved = found.record
+    new = {**dataclasses.asdict(settings), "data": data["fingerprint"], "precision": runtime.accelerator.mixed_precision}
+    old = {**saved["config"], "data": saved["data"]["fingerprint"], "precision": saved["precision"]}
+    hidden = {"config", "resume", "allow_changes", "run_name", "output_dir", "dry_run", "dataset", "mixed_precision"}
+    notes, refused = [], []
+    for name in sorted((old.keys() | new.keys()) - hidden):
+        before, now = _plain(old.get(name)), _plain(new.get(name))
+        if before == now:
+            continue
+        line = f"{name}: {before} in the checkpoint, {now} now"
+        if name in settings.neutral or name in settings.allow_changes:
+            notes.append(f"changed {line}")
+        else:
+            refused.append((name, line))
+    if refused:
+        names = " ".join(name for name, _ in refused)
+        lines = "\n  ".join(line for _, line in refused)
+        raise UsageError(
+            f"{found.path} was made with other settings, which change the result:\n  {lines}\n"
+            f"To go on all the same: --allow_changes {names}. To start anew: choose another --run_name"
+        )
+    return notes
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+
+
+def finish(
+    settings: TrainSettings,
+    runtime: Runtime,
+    session: Session,
+    state: RunState,
+    tracker: Tracker,
+    test: Callable[[nn.Module], dict[str, float]] | None,
+) -> dict[str, float]:
+    """Score the best weights on the test split, draw the curves, close the run, and say where everything is."""
+    progress = state.progress
+    results: dict[str, float] = {}
+    if progress.finished and session.run is not None:
+        best_step = best_weights(settings, runtime, session, state)
+        if test is not None:
+            results = {f"test/{name}": value for name, value in test(state.model).items()}
+            tracker.summarize(progress.step, results)
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in results.items())
+            runtime.say(f"\n{shown}   (weights of step {best_step}, best {settings.best_metric})")
+    run = session.run
+    if run is not None and runtime.is_main:
+        curves = run.plots / "curves.png"
+        draw_curves(run.metrics, curves, run.path.name)
+        if progress.finished:
+            run.remember(result={**progress.metrics, **results, "step": progress.step, "best_step": progress.best_step})
+        print(f"run     {run.path}\ncurves  {curves}", flush=True)
+    tracker.close()
+    if run is not None:
+        run.close()
+    return results

@@ -1,0 +1,179 @@
+"""The settings that all sharded training scripts share. A script adds its own fields by inheriting.
+
+Each field becomes a flag and a recipe key of the same name. `neutral` names the fields that cannot change the
+trained weights; every other one must keep its value when a run is resumed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Where a run lives, how it starts, and what it reports."""
+
+    output_dir: str = "runs"
+    """Folder that holds the runs."""
+    run_name: str | None = None
+    """Folder of this run in output_dir. Default: made from the data set, the model and the other settings, so
+    that the same command continues the same run."""
+    config: str | None = None
+    """YAML recipe with defaults for these settings; flags win over it."""
+    resume: str = "auto"
+    """auto: continue if the run has a valid checkpoint, else start. never: start, refuse if the run exists.
+    latest, best or the path of a checkpoint: continue from there or refuse."""
+    allow_changes: tuple[str, ...] = ()
+    """Settings that may differ from those of the resumed checkpoint although they change the result."""
+    seed: int = 0
+    """Seed of everything random."""
+    deterministic: bool = False
+    """Deterministic algorithms only (slower on a GPU)."""
+    mixed_precision: Literal["no", "bf16", "fp16", "fp8"] | None = None
+    """Default: what the launcher says."""
+    tracker: Literal["wandb", "none"] = "wandb"
+    """Where metrics go beside metrics.jsonl. wandb works offline when there is no key."""
+    wandb_project: str = "exact-training"
+    """Project in W&B."""
+    log_every: int = 50
+    """Optimizer steps between two lines of training metrics."""
+    checkpoint_every: str = "1 epoch"
+    """'500' optimizer steps, '2 epochs' or '10 minutes'. A new best and the end of the run are saved besides."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints to keep; the best is kept besides."""
+    dry_run: bool = False
+    """Check everything, do one step and one evaluation batch, write nothing."""
+
+    neutral: ClassVar[frozenset[str]] = frozenset(
+        "output_dir run_name config resume allow_changes tracker wandb_project log_every checkpoint_every "
+        "keep_checkpoints dry_run".split()
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(RunSettings):
+    """Optimisation with the sharded loop."""
+
+    num_train_epochs: int = 10
+    """Passes over the training split."""
+    max_train_steps: int | None = None
+    """Optimizer steps after which training ends, if that is sooner."""
+    batch_size: int = 64
+    """Samples per optimizer step over all processes."""
+    micro_batch_size: int | None = None
+    """Samples that one process takes in one forward pass; the rest is accumulated. Default: batch_size divided
+    by the processes."""
+    slots: int | None = None
+    """Parts of a batch with randomness of their own. Set it at the start to a multiple of all process counts to
+    be used later, and even dropout masks stay the same. Default: processes times accumulation."""
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """sgd is with Nesterov momentum 0.9."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Weight decay (decoupled for adamw)."""
+    lr_scheduler: Literal["constant", "step", "linear", "cosine", "one_cycle", "plateau"] = "constant"
+    """Shape of the learning rate over the optimizer steps."""
+    warmup_steps: int = 0
+    """Optimizer steps of rising rate at the start."""
+    lr_step_size: int = 1000
+    """step: optimizer steps between two reductions."""
+    lr_gamma: float = 0.5
+    """step, plateau: factor of one reduction."""
+    lr_patience: int = 10
+    """plateau: evaluations without improvement before a reduction."""
+    max_grad_norm: float = 1.0
+    """Clip gradients to this global norm; 0 switches clipping off."""
+    ema_decay: float = 0.0
+    """Decay of the running average of the weights; 0 switches it off."""
+    eval_every: str = "1 epoch"
+    """'500' optimizer steps or '2 epochs' between two evaluations. The end of the run is evaluated besides."""
+    best_metric: str = "val/accuracy"
+    """Evaluation metric that decides which checkpoint is best and when training stops early."""
+    best_mode: Literal["max", "min"] = "max"
+    """Whether higher or lower values of best_metric are better."""
+    early_stopping_patience: int = 0
+    """Evaluations without improvement before training ends; 0 switches early stopping off."""
+    early_stopping_min_delta: float = 0.0
+    """Smallest change that counts as improvement for early stopping."""
+    on_nonfinite: Literal["skip", "stop"] = "stop"
+    """What to do with a step whose loss or gradient is NaN or infinite. Such a step never reaches the weights."""
+    num_workers: int = 0
+    """Processes that load samples; 0 holds the decoded data in memory."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+
+    neutral: ClassVar[frozenset[str]] = RunSettings.neutral | frozenset(
+        "num_train_epochs max_train_steps micro_batch_size slots num_workers".split()
+    )
+
+
+@dataclass(frozen=True)
+class Every:
+    """A parsed interval: a count of optimizer steps, epochs or minutes."""
+
+    count: float
+    unit: Literal["steps", "epochs", "minutes"]
+
+    def in_steps(self, steps_per_epoch: int) -> int | None:
+        """Return the interval in optimizer steps, None for minutes."""
+        if self.unit == "minutes":
+            return None
+        return int(self.count) * (steps_per_epoch if self.unit == "epochs" else 1)
+
+
+_UNITS = {"": "steps", "step": "steps", "epoch": "epochs", "ep": "epochs", "min": "minutes", "minute": "minutes"}
+
+
+def parse_every(text: str, *, minutes: bool = True) -> Every:
+    """Parse '500', '2 epochs' or '10 minutes'.
+
+    Raises:
+        ValueError: for anything else, with what is accepted.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*?)s?\s*", text)
+    unit = _UNITS.get(match[2]) if match else None
+    count = float(match[1]) if match else 0.0
+    whole = unit == "minutes" or count.is_integer()
+    if unit is None or count <= 0 or not whole or (unit == "minutes" and not minutes):
+        choices = "'500' (optimizer steps), '1 epoch'" + (" or '10 minutes'" if minutes else "")
+        raise ValueError(f"{text!r} is no interval; write {choices}")
+    return Every(count, unit)  # type: ignore[arg-type]
+
+
+def check_settings(settings: RunSettings) -> list[str]:
+    """Return all problems with the settings that can be seen without data, model or processes."""
+    problems = [
+        f"--{name} {getattr(settings, name)}: must be {wanted}"
+        for sound, name, wanted in _conditions(settings)
+        if not sound
+    ]
+    for name in ("checkpoint_every", "eval_every"):
+        try:
+            parse_every(getattr(settings, name, "1"), minutes=name == "checkpoint_every")
+        except ValueError as error:
+            problems.append(f"--{name}: {error}")
+    return problems
+
+
+def _conditions(settings: RunSettings) -> Iterator[tuple[bool, str, str]]:
+    yield settings.log_every >= 1, "log_every", "1 or more"
+    yield settings.keep_checkpoints >= 1, "keep_checkpoints", "1 or more"
+    yield 0 <= settings.seed < 2**63, "seed", "between 0 and 2**63 - 1"
+    name = settings.run_name
+    plain = name is None or re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", name) is not None
+    yield plain, "run_name", "a plain folder name of letters, digits and _ . + = -"
+    if not isinstance(settings, TrainSettings):
+        return
+    for name in ("num_train_epochs", "batch_size", "lr_step_size", "max_train_steps", "micro_batch_size", "slots"):
+        value = getattr(settings, name)
+        yield value is None or value >= 1, name, "1 or more"
+    counts = ("warmup_steps", "lr_patience", "early_stopping_patience", "num_workers")
+    for name in (*counts, "weight_decay", "max_grad_norm", "early_stopping_min_delta"):
+        yield 0 <= getattr(settings, name) < float("inf"), name, "0 or more and finite"
+    yield 0 < settings.learning_rate < float("inf"), "learning_rate", "above 0 and finite"
+    yield 0 < settings.lr_gamma <= 1, "lr_gamma", "above 0 and at most 1"
+    yield 0 <= settings.ema_decay < 1, "ema_decay", "0 or more and below 1"

@@ -1,0 +1,153 @@
+"""Files that are whole or not there: durable writes, checksums, atomic directories, and tensors without pickle.
+
+Every call to the operating system that changes something goes through the module's `os`, so that a test can put a
+failing one in its place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+CHUNK_BYTES = 8 * 2**20  # hashed while still in the processor's cache, then written
+
+# The names that safetensors 0.8 gives to dtypes. complex128 is the one torch dtype in use that it lacks.
+DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.bool: "BOOL", torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+
+
+def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write a new file and flush it to the disk; return its size and checksum.
+
+    Raises:
+        OSError: as the operating system says; a file cut short may remain.
+    """
+    digest = xxhash.xxh3_128()
+    size = 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        for chunk in chunks:
+            view = memoryview(chunk).cast("B")
+            for start in range(0, len(view), CHUNK_BYTES):
+                piece = view[start : start + CHUNK_BYTES]
+                digest.update(piece)
+                while piece:
+                    piece = piece[os.write(descriptor, piece) :]
+            size += len(view)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return {"size": size, "xxh3_128": digest.hexdigest()}
+
+
+def checksum(path: Path) -> dict[str, Any]:
+    """Return size and checksum of a file as `write_durably` did."""
+    digest = xxhash.xxh3_128()
+    size = 0
+    with open(path, "rb", buffering=0) as file:
+        buffer = memoryview(bytearray(CHUNK_BYTES))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+    return {"size": size, "xxh3_128": digest.hexdigest()}
+
+
+def sync(path: Path) -> None:
+    """Flush the content of a file, or the names in a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Put a small file in place of another: readers see the old or the new one, also after a power loss."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.unlink(missing_ok=True)
+    write_durably(temporary, [text.encode()])
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def commit_directory(final: Path, fill: Callable[[Path], None]) -> None:
+    """Make a directory by `fill(temporary)` and give it its name when it is whole and on the disk.
+
+    Raises:
+        OSError: nothing with the final name exists then; leftovers are swept by `sweep`.
+    """
+    temporary = final.with_name(f".tmp-{final.name}")
+    remove_tree(temporary)
+    os.mkdir(temporary)
+    fill(temporary)
+    sync(temporary)
+    os.rename(temporary, final)
+    sync(final.parent)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory so that no half of it is ever seen under its name."""
+    doomed = path.with_name(f".del-{path.name}")
+    remove_tree(doomed)
+    os.rename(path, doomed)
+    remove_tree(doomed)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory with all in it, if it is there. A link is removed, not followed."""
+    if path.is_symlink():
+        os.unlink(path)
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left of saving or pruning. The caller must be the only writer."""
+    for name in os.listdir(folder):
+        if name.startswith((".tmp-", ".del-")):
+            remove_tree(folder / name)
+
+
+def tensor_chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a safetensors file that holds these CPU tensors; equal tensors give equal bytes.
+
+    Raises:
+        ValueError: a dtype that the format lacks.
+
+    Source: the safetensors format: 8 bytes header length, JSON header, data without gaps. Wide dtypes come first, so
+    that everything is aligned; safetensors' own writer does the same.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPE_NAMES:
+            raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}, which safetensors cannot hold")
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for name in order:
+        if tensors[name].numel():
+            flat = tensors[name].detach().contiguous().reshape(-1)
+            yield memoryview(flat.view(torch.uint8).numpy())
