@@ -41,13 +41,11 @@ def load_blobs() -> DataModule:
     """
     generator = torch.Generator().manual_seed(SPLIT_SEED)
 
-    def sample(per_class: int) -> Split:
+    def sample(per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
         labels = torch.arange(2).repeat_interleave(per_class)
         centres = torch.tensor([[-2.5, 0.0], [2.5, 0.0]])
-        return Split(centres[labels] + torch.randn(2 * per_class, 2, generator=generator), labels)
+        return centres[labels] + torch.randn(2 * per_class, 2, generator=generator), labels
 
     train, validation, test = sample(1000), sample(200), sample(200)
-    fingerprint = fingerprint_tensors(train.inputs, validation.inputs)
-    return DataModule("blobs", fingerprint, train, validation, test, ["left", "right"], None)
-
-
+    fingerprint = fingerprint_tensors(*train, *validation)
+    return DataModule("blobs", fingerprint, Split(*train), Split(*validation), Split(*test), ["left", "right"], None)

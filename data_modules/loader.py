@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data_modules.sampler import BatchSampler, SlotIndices, evaluation_shares
+from data_modules.sampler import BatchPlan, BatchSampler, SlotIndices, evaluation_shares
 from data_modules.splits import Batch, DataModule, GlobalBatch, Slot, Split
 
 
@@ -53,7 +53,7 @@ class TrainingLoader:
 
     def batches(self, epoch: int, start: int) -> Iterator[GlobalBatch]:
         """Yield the batches of an epoch from sample number `start` on."""
-        plans = self.sampler.batches(epoch, start)
+        plans: Iterable[BatchPlan] = self.sampler.batches(epoch, start)
         if self.num_workers:
             plans = list(plans)
             slots = [slot for plan in plans for slot in plan.slots]

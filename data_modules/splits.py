@@ -112,7 +112,7 @@ def fingerprint_tensors(*tensors: torch.Tensor) -> str:
     digest = xxhash.xxh3_128()
     for tensor in tensors:
         digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.contiguous().numpy())
+        digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
 
 

@@ -21,10 +21,12 @@ def stratified_parts(labels: torch.Tensor, fractions: Sequence[float], seed: int
     for label in labels.unique().tolist():
         members = (labels == label).nonzero()[:, 0]
         members = members[torch.randperm(len(members), generator=generator)]
-        counts = [round(fraction * len(members)) for fraction in fractions[1:]]
-        if len(members) >= len(fractions):
-            counts = [max(1, count) for count in counts]
-        counts.insert(0, len(members) - sum(counts))
+        least = 1 if len(members) >= len(fractions) else 0
+        counts = [max(least, round(fraction * len(members))) for fraction in fractions]
+        counts[0] = len(members) - sum(counts[1:])
+        while counts[0] < least:  # rounding up took too much
+            counts[counts.index(max(counts[1:]), 1)] -= 1
+            counts[0] += 1
         for part, piece in zip(parts, members.split(counts)):
             part.append(piece)
     return [torch.cat(part).sort().values for part in parts]

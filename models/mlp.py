@@ -22,4 +22,5 @@ class MLP(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return class logits [B, num_classes]."""
-        return self.layers(inputs)
+        logits: torch.Tensor = self.layers(inputs)
+        return logits

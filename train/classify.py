@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from train.engine.cli import run_script
 from train.engine.errors import EXIT_DONE, EXIT_STOPPED, UsageError
-from train.engine.settings import TrainSettings
+from train.engine.settings import TrainSettings, check_best_metric
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and refused flags answer without it
     from collections.abc import Callable, Iterable
@@ -19,7 +19,9 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help and refused flags ans
     from torch import nn
 
     from data_modules.splits import DataModule, Slot, Split
+    from train.engine.evaluation import Measure
 
+METRICS = ("loss", "accuracy")
 EVALUATION_BATCH = 512  # samples of one process; changes no result beyond the order of sums
 
 
@@ -43,8 +45,10 @@ class ClassifySettings(TrainSettings):
     """Share of the training split that is cut for validation where there is no such split."""
     image_size: int | None = None
     """Scale and crop all images to this many pixels a side."""
-    model: Literal["mlp", "mnist_cnn", "simple_cnn"] = "simple_cnn"
+    model: Literal["mlp", "mnist_cnn", "simple_cnn", "fast_cnn"] = "simple_cnn"
     """Network to train."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes, in training only."""
 
 
 def load_data(settings: ClassifySettings) -> DataModule:
@@ -81,25 +85,29 @@ def build_model(name: str, data: DataModule) -> nn.Module:
     Raises:
         UsageError: the model cannot take such samples.
     """
-    from models.cnn import MnistCNN, SimpleCNN
+    from models.cnn import FastCNN, MnistCNN, SimpleCNN
     from models.mlp import MLP
 
-    kind = {"mlp": MLP, "mnist_cnn": MnistCNN, "simple_cnn": SimpleCNN}[name]
+    kind = {"mlp": MLP, "mnist_cnn": MnistCNN, "simple_cnn": SimpleCNN, "fast_cnn": FastCNN}[name]
     try:
         return kind(data.input_shape, len(data.class_names))
     except ValueError as error:
         raise UsageError(f"--model {name}: {error}") from error
 
 
-def measure(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return cross-entropy and accuracy of each sample, both of shape [B]."""
+def build_measure(label_smoothing: float) -> Measure:
+    """Return what computes cross-entropy and accuracy of each sample of a batch, both of shape [B]."""
     from torch.nn import functional as F
 
-    logits = model(batch["inputs"])
-    return {
-        "loss": F.cross_entropy(logits, batch["labels"], reduction="none"),
-        "accuracy": (logits.argmax(dim=1) == batch["labels"]).float(),
-    }
+    def measure(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        logits, labels = model(batch["inputs"]), batch["labels"]
+        smoothing = label_smoothing if model.training else 0.0
+        return {
+            "loss": F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing),
+            "accuracy": (logits.argmax(dim=1) == labels).float(),
+        }
+
+    return measure
 
 
 def main(settings: ClassifySettings) -> int:
@@ -113,6 +121,7 @@ def main(settings: ClassifySettings) -> int:
     from train.engine.randomness import seed_all
     from train.engine.runtime import start_runtime
 
+    check_best_metric(settings, METRICS)
     sessions.check_output(settings)
     runtime = start_runtime(settings)
     data = runtime.main_first(lambda: load_data(settings))
@@ -130,6 +139,8 @@ def main(settings: ClassifySettings) -> int:
     place = {"rank": runtime.rank, "num_processes": runtime.num_processes}
     sampler = BatchSampler(len(data.train), batching.batch_size, batching.slots, seed=settings.seed, **place)
     loader = TrainingLoader(data, sampler, runtime.device, settings.num_workers)
+
+    measure = build_measure(settings.label_smoothing)
 
     def score(split: Split) -> Callable[[nn.Module], dict[str, float]]:
         batches: Iterable[Slot] = EvaluationLoader(
@@ -157,5 +168,10 @@ def main(settings: ClassifySettings) -> int:
     return EXIT_DONE
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Run from the command line."""
     run_script(main, ClassifySettings, __doc__ or "")
+
+
+if __name__ == "__main__":
+    run()

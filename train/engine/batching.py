@@ -38,8 +38,17 @@ def plan_batching(settings: TrainSettings, num_processes: int, saved_slots: int 
 
     Raises:
         UsageError: something does not divide; names the nearest batch sizes that do. Or the saved slots cannot be
-            kept and the user has not agreed to that.
+            kept and the user has not agreed to that. Or there is no balanced tree for --reduction exact.
     """
+    batching = _cut(settings, num_processes, saved_slots)
+    if settings.reduction == "exact":
+        for name, number in (("slots", batching.slots), ("processes", num_processes)):
+            if number & (number - 1):
+                raise UsageError(f"--reduction exact needs a power of two; there are {number} {name}")
+    return batching
+
+
+def _cut(settings: TrainSettings, num_processes: int, saved_slots: int | None) -> Batching:
     size, slots = settings.batch_size, settings.slots
     if saved_slots is not None:
         if saved_slots % num_processes == 0 and slots in (None, saved_slots):

@@ -32,7 +32,7 @@ _NAME = re.compile(r"step_(\d{8,})")
 _LARGEST_JSON = 256 * 2**20
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpointError(ValueError):
     """A checkpoint that must not be used: says which file and why."""
 
 
@@ -69,71 +69,73 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Verify a checkpoint to the last byte and read its plain values.
 
     Raises:
-        DamagedCheckpoint: it is missing, cut short, altered, foreign or of a newer format; nothing was loaded.
+        DamagedCheckpointError: it is missing, cut short, altered, foreign or of a newer format; nothing was loaded.
     """
     try:
         manifest = _read_json(path, "manifest.json")
         _verify(path, manifest)
         record = _read_json(path, "state.json")
         if record["progress"]["step"] != manifest["step"]:
-            raise DamagedCheckpoint(f"{path}: state.json and manifest.json are of different steps")
+            raise DamagedCheckpointError(f"{path}: state.json and manifest.json are of different steps")
         return Checkpoint(path, manifest["step"], record)
     except (KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{path}: is not laid out as a checkpoint ({error!r})") from error
+        raise DamagedCheckpointError(f"{path}: is not laid out as a checkpoint ({error!r})") from error
 
 
 def _read_json(path: Path, name: str) -> Any:
     _require_plain_file(path, name)
     if (path / name).stat().st_size > _LARGEST_JSON:
-        raise DamagedCheckpoint(f"{path}: {name} is too large to be genuine")
+        raise DamagedCheckpointError(f"{path}: {name} is too large to be genuine")
     try:
         return json.loads((path / name).read_bytes())
     except (ValueError, RecursionError, OSError) as error:
-        raise DamagedCheckpoint(f"{path}: {name} cannot be read ({error})") from error
+        raise DamagedCheckpointError(f"{path}: {name} cannot be read ({error})") from error
 
 
 def _require_plain_file(path: Path, name: str) -> None:
     try:
         mode = (path / name).lstat().st_mode
     except OSError as error:
-        raise DamagedCheckpoint(f"{path}: {name} is missing") from error
+        raise DamagedCheckpointError(f"{path}: {name} is missing") from error
     if not stat.S_ISREG(mode):
-        raise DamagedCheckpoint(f"{path}: {name} is no plain file (a link or a device)")
+        raise DamagedCheckpointError(f"{path}: {name} is no plain file (a link or a device)")
 
 
 def _verify(path: Path, manifest: dict[str, Any]) -> None:
     if path.is_symlink():
-        raise DamagedCheckpoint(f"{path}: is a link, not a directory")
+        raise DamagedCheckpointError(f"{path}: is a link, not a directory")
     if manifest["format"] > FORMAT:
-        raise DamagedCheckpoint(
+        raise DamagedCheckpointError(
             f"{path}: has format {manifest['format']}, this program knows formats up to {FORMAT}; update the program"
         )
     content = {key: value for key, value in manifest.items() if key != "digest"}
     if manifest["digest"] != _digest(content):
-        raise DamagedCheckpoint(f"{path}: manifest.json was altered (its own checksum differs)")
+        raise DamagedCheckpointError(f"{path}: manifest.json was altered (its own checksum differs)")
     if manifest["format"] != FORMAT:
-        raise DamagedCheckpoint(f"{path}: has the unknown format {manifest['format']}")
+        raise DamagedCheckpointError(f"{path}: has the unknown format {manifest['format']}")
     if path.name != step_name(manifest["step"]):
-        raise DamagedCheckpoint(f"{path}: holds step {manifest['step']}, not what its name says")
+        raise DamagedCheckpointError(f"{path}: holds step {manifest['step']}, not what its name says")
     for name in REQUIRED:
         if name not in manifest["files"]:
-            raise DamagedCheckpoint(f"{path}: manifest.json does not list {name}")
+            raise DamagedCheckpointError(f"{path}: manifest.json does not list {name}")
     for name, expected in manifest["files"].items():
         if not _known(name):
-            raise DamagedCheckpoint(f"{path}: manifest.json lists {name!r}, which does not belong into a checkpoint")
+            raise DamagedCheckpointError(
+                f"{path}: manifest.json lists {name!r}, which does not belong into a checkpoint"
+            )
         _require_plain_file(path, name)
         size = (path / name).stat().st_size
         if size != expected["size"]:
-            raise DamagedCheckpoint(f"{path}: {name} has {size} bytes instead of {expected['size']}")
+            raise DamagedCheckpointError(f"{path}: {name} has {size} bytes instead of {expected['size']}")
         try:
             found = storage.checksum(path / name)
             if name.endswith(".safetensors"):
                 with safe_open(path / name, framework="pt"):  # reads and checks the header
                     pass
         except (OSError, SafetensorError) as error:
-            raise DamagedCheckpoint(f"{path}: {name} cannot be read ({error})") from error
+            raise DamagedCheckpointError(f"{path}: {name} cannot be read ({error})") from error
         if found != expected:
-            raise DamagedCheckpoint(f"{path}: {name} was altered (its checksum differs)")
+            raise DamagedCheckpointError(f"{path}: {name} was altered (its checksum differs)")
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -142,11 +144,11 @@ def _digest(content: dict[str, Any]) -> str:
 
 def find_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest valid checkpoint, if any, and what is wrong with the newer ones."""
-    damages = []
+    damages: list[str] = []
     for step in reversed(list_steps(folder)):
         try:
             return open_checkpoint(folder / step_name(step)), damages
-        except DamagedCheckpoint as error:
+        except DamagedCheckpointError as error:
             damages.append(str(error))
     return None, damages
 
@@ -161,7 +163,7 @@ def find_best(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         return newest, damages
     try:
         return open_checkpoint(folder / step_name(step)), damages
-    except DamagedCheckpoint as error:
+    except DamagedCheckpointError as error:
         return None, [*damages, str(error)]
 
 

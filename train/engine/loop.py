@@ -18,7 +18,6 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -27,6 +26,7 @@ from train.engine.errors import TrainingError
 from train.engine.evaluation import Measure, Slot, add_up
 from train.engine.preemption import Preemption, Request
 from train.engine.randomness import derive_seed, seed_torch
+from train.engine.reduction import ExactReduction
 from train.engine.runtime import Runtime
 from train.engine.schedule import build_schedule
 from train.engine.session import Session, environment
@@ -98,6 +98,9 @@ class Loop:
         self.eval_every = parse_every(settings.eval_every, minutes=False)
         self.parameters = [p for p in self.state.model.parameters() if p.requires_grad]
         self.buffers = list(self.state.model.buffers())
+        self.reduction = None
+        if settings.reduction == "exact":
+            self.reduction = ExactReduction(self.parameters, self.runtime.rank, self.runtime.num_processes)
         self.on_cpu = self.runtime.device.type == "cpu"
         self.norms: list[tuple[int, torch.Tensor]] = []  # gradient norms of steps, not yet looked at
         self.last_save = self.window_start = time.perf_counter()
@@ -154,6 +157,8 @@ class Loop:
             if slot.number == 0 and self.session.batching.slots > 1:
                 kept_buffers = [buffer.clone() for buffer in self.buffers]
         assert sums is not None
+        if self.reduction is not None:
+            self.reduction.finish()
         self._share_buffers(kept_buffers)
         self._apply(sums)
         progress.step += 1
@@ -166,7 +171,7 @@ class Loop:
     def _forward_backward(self, slot: Slot, batch_size: int, *, last: bool) -> dict[str, torch.Tensor]:
         """Add one slot's gradient of the mean loss over the global batch; processes exchange on the last slot."""
         accelerator = self.runtime.accelerator
-        with nullcontext() if last else accelerator.no_sync(self.state.model):
+        with nullcontext() if last or self.reduction else accelerator.no_sync(self.state.model):
             values = self.measure(self.state.model, slot.batch)
             loss = values["loss"][: slot.count].sum()
             if not self.metric_names:
@@ -174,10 +179,13 @@ class Loop:
             # The wrappers average gradients over processes, hence the factor. x - x is 0, or NaN if the loss is not
             # finite: then the gradients are NaN on every process, and all skip the step without exchanging a word.
             fixed = loss.detach()
-            loss = loss * (self.runtime.num_processes / batch_size + (fixed - fixed))
+            averaged = 1 if self.reduction else self.runtime.num_processes
+            loss = loss * (averaged / batch_size + (fixed - fixed))
             if self.state.scaler is not None:
                 loss = self.state.scaler.scale(loss)
             loss.backward()
+        if self.reduction is not None:
+            self.reduction.add()
         return values
 
     def _apply(self, sums: torch.Tensor) -> None:
@@ -188,10 +196,9 @@ class Loop:
             scaler.unscale_(optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
         if settings.max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(self.parameters, settings.max_grad_norm, norm)
+        norm = full(norm)
         clipped = (norm > (settings.max_grad_norm or math.inf)).to(norm.dtype)
         part = torch.cat([sums, torch.stack([norm, clipped, torch.ones_like(norm)]).to(sums.dtype)])
         finite = norm.isfinite()
@@ -202,7 +209,8 @@ class Loop:
             scaler.step(optimizer)
             scaler.update()
         elif any(group.get("fused") for group in optimizer.param_groups):
-            optimizer.found_inf = (~finite).float()  # the fused kernels leave everything as it is where this is 1
+            # The fused kernels leave everything as it is where this is 1.
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             optimizer.step()
         elif finite.item():  # waits for the device; only optimizers without a fused form pay
             optimizer.step()
@@ -354,8 +362,6 @@ class Loop:
         if state.ema is not None:
             with averaged_weights(state):
                 values |= {f"val/ema_{name}": value for name, value in self.evaluate(state.model).items()}
-        if settings.best_metric not in values:
-            raise TrainingError(f"--best_metric {settings.best_metric}: evaluation gives {', '.join(values)}")
         score = values[settings.best_metric]
         sign = 1.0 if settings.best_mode == "min" else -1.0
         best = progress.best_value
@@ -367,7 +373,9 @@ class Loop:
         if settings.lr_scheduler == "plateau":
             progress.plateau.update(values["val/loss"], settings.lr_gamma, settings.lr_patience)
         if progress.early_stopping.exhausted(settings.early_stopping_patience):
-            self.runtime.say(f"early stop: no better {settings.best_metric} in {settings.early_stopping_patience} evaluations")
+            self.runtime.say(
+                f"early stop: no better {settings.best_metric} in {settings.early_stopping_patience} evaluations"
+            )
             progress.finished = True
         return values, improved
 
@@ -406,9 +414,11 @@ class Loop:
             if self.runtime.num_processes == 1:
                 self.writer.check()
             preemption.wish = Request.ABORT  # all processes leave together, at the next step
-        elif self.checkpoint_every.unit == "minutes" and preemption.wish is Request.NOTHING:
-            if time.perf_counter() - self.last_save > self.checkpoint_every.count * 60:
-                preemption.wish = Request.SAVE
+            return
+        minutes = (time.perf_counter() - self.last_save) / 60
+        every = self.checkpoint_every
+        if every.unit == "minutes" and minutes > every.count and preemption.wish is Request.NOTHING:
+            preemption.wish = Request.SAVE
 
     def _progress_bar(self) -> Any:
         return tqdm(

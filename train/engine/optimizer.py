@@ -12,11 +12,16 @@ def build_optimizer(settings: TrainSettings, model: nn.Module) -> torch.optim.Op
     """Build the optimizer over all trainable parameters, with torch's fused kernels.
 
     The fused kernels update all parameters in one call, and can leave them alone on the device's own decision, so
-    that the check for NaN needs no waiting.
+    that the check for NaN needs no waiting. Weight decay is for matrices and filters; biases and the scales of norms
+    have none.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rate, decay = settings.learning_rate, settings.weight_decay
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, rate, momentum=0.9, weight_decay=decay, nesterov=True, fused=True)
+        return torch.optim.SGD(groups, settings.learning_rate, momentum=0.9, nesterov=True, fused=True)
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, rate, weight_decay=decay, fused=True)
+    return kind(groups, settings.learning_rate, fused=True)

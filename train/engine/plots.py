@@ -15,7 +15,9 @@ def draw_curves(metrics: Path, target: Path, title: str) -> None:
     lines = read_metrics(metrics)
     names = {name for line in lines for name in line if name.startswith(("train/", "val/"))}
     extra = {"train/learning_rate", "train/grad_norm", "train/clip_rate", "train/skipped_steps"}
-    quantities = sorted({name.split("/")[1].removeprefix("ema_") for name in names - extra}, key=lambda q: (q != "loss", q))
+    quantities = sorted(
+        {name.split("/")[1].removeprefix("ema_") for name in names - extra}, key=lambda q: (q != "loss", q)
+    )
     panels = [(quantity, [f"train/{quantity}", f"val/{quantity}", f"val/ema_{quantity}"]) for quantity in quantities]
     panels.append(("learning rate", ["train/learning_rate"]))
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")

@@ -49,13 +49,15 @@ def capture_rng(device: torch.device) -> dict[str, torch.Tensor]:
     """Return the states of all generators of this process as CPU tensors of fixed shapes."""
     version, words, gauss = random.getstate()
     assert version == 3
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_state = np.random.get_state(legacy=False)
+    assert isinstance(numpy_state, dict)
+    words_numpy, position = numpy_state["state"]["key"], numpy_state["state"]["pos"]
     states = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(words, dtype=torch.int64),
         "python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
-        "numpy": torch.tensor(keys.astype(np.int64)),
-        "numpy_gauss": torch.tensor([position, has_gauss, cached], dtype=torch.float64),
+        "numpy": torch.tensor(words_numpy.astype(np.int64)),
+        "numpy_gauss": torch.tensor([position, numpy_state["has_gauss"], numpy_state["gauss"]], dtype=torch.float64),
     }
     if device.type != "cpu":
         states["device"] = torch.get_device_module(device).get_rng_state(device).cpu()

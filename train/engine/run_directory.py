@@ -60,9 +60,7 @@ def open_run(path: Path) -> RunDirectory:
             folder.mkdir(parents=True, exist_ok=True)
         run._lock = open(path / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
-        raise UsageError(
-            f"--output_dir: cannot write to {path} ({error.strerror}); choose another folder"
-        ) from error
+        raise UsageError(f"--output_dir: cannot write to {path} ({error.strerror}); choose another folder") from error
     _lock(run)
     storage.sweep(run.checkpoints)
     file = path / "run.json"

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import nn
 
 from train.engine import checkpoint, storage
 from train.engine.batching import Batching, plan_batching
-from train.engine.checkpoint import Checkpoint, DamagedCheckpoint
+from train.engine.checkpoint import Checkpoint, DamagedCheckpointError
 from train.engine.cli import settings_to_yaml
 from train.engine.errors import UsageError
 from train.engine.optimizer import build_optimizer
@@ -94,8 +95,10 @@ def open_session(settings: TrainSettings, runtime: Runtime, data: dict[str, Any]
     mine: list[RunDirectory] = []
 
     def choose() -> tuple[Checkpoint | None, Batching, list[str]]:
-        if not checkpoint.list_steps(path / "checkpoints"):
-            plan_batching(settings, runtime.num_processes)  # refuses before a folder is made
+        if not checkpoint.list_steps(path / "checkpoints"):  # refuse before a folder is made
+            plan_batching(settings, runtime.num_processes)
+            if settings.resume in ("latest", "best"):
+                raise UsageError(f"--resume {settings.resume}: {path} has no checkpoint")
         mine.append(open_run(path))
         found, messages = _choose(settings, mine[0])
         saved_slots = None
@@ -119,7 +122,14 @@ def prepare_state(settings: TrainSettings, runtime: Runtime, session: Session, m
     """
     if settings.compile:
         model = torch.compile(model)  # type: ignore[assignment]
-    model, optimizer = runtime.accelerator.prepare(model, build_optimizer(settings, model))
+    with warnings.catch_warnings():
+        # accelerate 1.15 passes broadcast_buffers on, which torch 2.13 calls deprecated.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        if settings.reduction == "exact":  # the loop exchanges gradients itself
+            model = runtime.accelerator.prepare_model(model, evaluation_mode=True)
+            optimizer = runtime.accelerator.prepare(build_optimizer(settings, model))
+        else:
+            model, optimizer = runtime.accelerator.prepare(model, build_optimizer(settings, model))
     state = RunState(model, optimizer.optimizer, Progress(session.batching.slots), runtime.accelerator.scaler)
     if settings.ema_decay > 0:
         state.ema = {name: value.detach().clone() for name, value in named_tensors(model)[0].items()}
@@ -190,7 +200,7 @@ def _choose(settings: RunSettings, run: RunDirectory) -> tuple[Checkpoint | None
         raise UsageError(f"--resume {wish}: neither auto, never, latest, best nor a checkpoint's folder")
     try:
         return checkpoint.open_checkpoint(path), []
-    except DamagedCheckpoint as error:
+    except DamagedCheckpointError as error:
         raise UsageError(f"--resume: {error}") from error
 
 
@@ -201,7 +211,11 @@ def _compare(settings: RunSettings, runtime: Runtime, data: dict[str, Any], foun
         UsageError: a setting that changes the result differs and the user has not agreed.
     """
     saved = found.record
-    new = {**dataclasses.asdict(settings), "data": data["fingerprint"], "precision": runtime.accelerator.mixed_precision}
+    new = {
+        **dataclasses.asdict(settings),
+        "data": data["fingerprint"],
+        "precision": runtime.accelerator.mixed_precision,
+    }
     old = {**saved["config"], "data": saved["data"]["fingerprint"], "precision": saved["precision"]}
     hidden = {"config", "resume", "allow_changes", "run_name", "output_dir", "dry_run", "dataset", "mixed_precision"}
     notes, refused = [], []
@@ -226,8 +240,6 @@ def _compare(settings: RunSettings, runtime: Runtime, data: dict[str, Any], foun
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
 
 
 def finish(

@@ -7,9 +7,11 @@ trained weights; every other one must keep its value when a run is resumed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
+
+from train.engine.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +50,19 @@ class RunSettings:
     """Check everything, do one step and one evaluation batch, write nothing."""
 
     neutral: ClassVar[frozenset[str]] = frozenset(
-        "output_dir run_name config resume allow_changes tracker wandb_project log_every checkpoint_every "
-        "keep_checkpoints dry_run".split()
+        [
+            "output_dir",
+            "run_name",
+            "config",
+            "resume",
+            "allow_changes",
+            "tracker",
+            "wandb_project",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "dry_run",
+        ]
     )
 
 
@@ -69,6 +82,9 @@ class TrainSettings(RunSettings):
     slots: int | None = None
     """Parts of a batch with randomness of their own. Set it at the start to a multiple of all process counts to
     be used later, and even dropout masks stay the same. Default: processes times accumulation."""
+    reduction: Literal["fast", "exact"] = "fast"
+    """exact: gradients are summed in one fixed order, so that 1, 2, 4 and 8 processes with the same slots give the
+    same bits; slots must be a power of two."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """sgd is with Nesterov momentum 0.9."""
     learning_rate: float = 1e-3
@@ -107,7 +123,7 @@ class TrainSettings(RunSettings):
     """Compile the model with torch.compile."""
 
     neutral: ClassVar[frozenset[str]] = RunSettings.neutral | frozenset(
-        "num_train_epochs max_train_steps micro_batch_size slots num_workers".split()
+        ["num_train_epochs", "max_train_steps", "micro_batch_size", "slots", "num_workers"]
     )
 
 
@@ -157,6 +173,23 @@ def check_settings(settings: RunSettings) -> list[str]:
         except ValueError as error:
             problems.append(f"--{name}: {error}")
     return problems
+
+
+def check_best_metric(settings: TrainSettings, metrics: Sequence[str]) -> None:
+    """Refuse a best_metric that evaluation will not give.
+
+    Args:
+        settings: the run's.
+        metrics: names that the script measures, such as "loss".
+
+    Raises:
+        UsageError: names those there are.
+    """
+    known = [f"val/{name}" for name in metrics]
+    if settings.ema_decay > 0:
+        known += [f"val/ema_{name}" for name in metrics]
+    if settings.best_metric not in known:
+        raise UsageError(f"--best_metric {settings.best_metric}: evaluation gives {', '.join(known)}")
 
 
 def _conditions(settings: RunSettings) -> Iterator[tuple[bool, str, str]]:

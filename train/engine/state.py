@@ -76,7 +76,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         if isinstance(model, DistributedDataParallel):
             model = model.module
         elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+            model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
 
@@ -206,10 +206,15 @@ def _unpack(value: Any, tensors: Tensors, parameter: torch.Tensor | None, on_dev
         return value
     kind, content = next(iter(value.items()))
     if kind == "tensor":
-        tensor = tensors[content].clone()
+        tensor = tensors[content]
         if parameter is None or (tensor.ndim == 0 and not on_device):
-            return tensor  # scalars such as Adam's step live on the CPU unless the optimizer is fused or capturable
-        return _like(tensor.to(parameter.device), parameter)
+            return tensor.clone()  # Adam's step, say, lives on the CPU unless the optimizer is fused or capturable
+        if tensor.shape != parameter.shape:
+            return tensor.to(parameter.device, copy=True)
+        # As the parameter lies in memory (channels_last, say): fused kernels walk both in that order.
+        value = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
+        copy_into(value, tensor)
+        return value
     if kind == "dict":
         return {key: _unpack(item, tensors, parameter, on_device) for key, item in content.items()}
     items = [_unpack(item, tensors, parameter, on_device) for item in content]

@@ -38,7 +38,8 @@ class Tracker:
         if self._file.tell() < keep_bytes:
             print(f"{path} is shorter than when the checkpoint was made; older lines are missing", file=sys.stderr)
         else:
-            self._file.truncate(keep_bytes)
+            self._file.seek(keep_bytes)
+            self._file.truncate()
 
     def start_wandb(self, run: RunDirectory, project: str, config: dict[str, Any]) -> None:
         """Send metrics to W&B too, into the run that this directory has had from the start."""

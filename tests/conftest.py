@@ -1,0 +1,30 @@
+"""What all tests share: a Hugging Face cache of their own, no network, one thread."""
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "offline"}
+
+
+def pytest_configure(config):
+    # Before any test module is imported: `datasets` reads these once, at its import. Child processes inherit them.
+    config.hf_home = tempfile.mkdtemp(prefix="tests-hf-")
+    os.environ["HF_HOME"] = config.hf_home
+    for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN"):
+        os.environ.pop(name, None)  # they would win over HF_HOME
+    os.environ.update(ENVIRONMENT)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(config.hf_home, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    import torch
+
+    torch.set_num_threads(1)

@@ -1,0 +1,60 @@
+"""What the tests with real processes share."""
+
+import json
+
+import pytest
+
+from tests.process.fleet import Fleet
+
+
+def pytest_collection_modifyitems(items):
+    """Everything in this folder starts processes."""
+    for item in items:
+        if "/process/" in str(item.path):
+            item.add_marker(pytest.mark.process)
+
+
+class Classify:
+    """Runs train/classify.py in a folder of its own."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def start(self, name, *arguments, **options):
+        """Start a run and return its ranks."""
+        common = ["--tracker", "none", "--output_dir", self.folder, "--run_name", name]
+        return Fleet(self.folder / "output", "classify", [*common, *arguments], **options)
+
+    def run(self, name, *arguments, **options):
+        """Run to the end; fail unless the exit code is 0."""
+        finished = self.start(name, *arguments, **options).wait()
+        assert finished.code == 0, finished.output
+        return finished
+
+    def steps(self, name):
+        """Return the steps of a run's checkpoints."""
+        return sorted(int(path.name[5:]) for path in (self.folder / name / "checkpoints").glob("step_*"))
+
+    def file(self, name, step, file="model.safetensors"):
+        """Return the bytes of a file of a checkpoint."""
+        return (self.folder / name / "checkpoints" / f"step_{step:08d}" / file).read_bytes()
+
+    def metrics(self, name):
+        """Return the lines of metrics.jsonl without what depends on the clock."""
+        lines = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+        return [
+            {key: value for key, value in line.items() if key != "time" and not key.startswith("perf/")}
+            for line in lines
+        ]
+
+    def assert_same(self, one, other, step):
+        """Fail unless two runs have the same weights, optimizer and metrics, to the last bit."""
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            assert self.file(one, step, file) == self.file(other, step, file), file
+        assert self.metrics(one) == self.metrics(other)
+
+
+@pytest.fixture
+def classify(tmp_path):
+    """A folder in which to run train/classify.py."""
+    return Classify(tmp_path)

@@ -1,0 +1,89 @@
+"""The number of processes may change at each restart."""
+
+import json
+
+import pytest
+from safetensors.numpy import load
+
+SETTINGS = [
+    "--model",
+    "mnist_cnn",
+    "--batch_size",
+    "160",
+    "--slots",
+    "8",
+    "--lr_scheduler",
+    "cosine",
+    "--warmup_steps",
+    "3",
+    "--log_every",
+    "3",
+    "--checkpoint_every",
+    "3",
+    "--max_train_steps",
+    "12",
+]
+
+
+def losses(classify, name):
+    return [line["train/loss"] for line in classify.metrics(name) if "train/loss" in line]
+
+
+def largest_difference(classify, one, other):
+    a, b = (load(classify.file(name, 12)) for name in (one, other))
+    return max(abs(a[name] - b[name]).max() for name in a)
+
+
+@pytest.fixture
+def moving(classify):
+    """Run 1 -> 2 -> 4 -> 1 processes, killed between."""
+
+    def run(name, settings):
+        for processes, step in ((1, 4), (2, 7), (4, 10)):
+            classify.start(name, *settings, processes=processes, faults=[("die_after", step)]).wait()
+        return classify.run(name, *settings, processes=1)
+
+    return run
+
+
+def test_moving_run_equals_a_still_one(classify, moving):
+    classify.run("still", *SETTINGS)
+    finished = moving("moving", SETTINGS)
+    assert "from step 9" in finished.output or "from step 6" in finished.output
+    assert losses(classify, "moving") == pytest.approx(losses(classify, "still"), abs=1e-6)
+    assert largest_difference(classify, "still", "moving") < 1e-5
+    assert [line["step"] for line in classify.metrics("moving")] == [line["step"] for line in classify.metrics("still")]
+
+
+def test_exact_reduction_gives_the_same_bits_on_any_number_of_processes(classify, moving):
+    settings = [*SETTINGS, "--reduction", "exact", "--model", "fast_cnn", "--image_size", 28]
+    settings = [*SETTINGS, "--reduction", "exact"]
+    weights = set()
+    for processes in (1, 2, 4, 8):
+        classify.run(f"on{processes}", *settings, processes=processes)
+        weights.add(classify.file(f"on{processes}", 12))
+    moving("moving", settings)
+    weights.add(classify.file("moving", 12))
+    assert len(weights) == 1
+
+
+def test_three_processes_are_exact_too(classify):
+    """DistributedDataParallel's regrouped buckets must not show."""
+    settings = [*SETTINGS, "--slots", "3", "--batch_size", "150"]
+    classify.run("straight", *settings, processes=3)
+    classify.start("killed", *settings, processes=3, faults=[("die_after", 8)]).wait()
+    classify.run("killed", *settings, processes=3)
+    classify.assert_same("straight", "killed", 12)
+
+
+def test_processes_that_do_not_divide_the_slots_need_consent(classify):
+    settings = [*SETTINGS, "--slots", "2", "--batch_size", "150"]
+    classify.start("run", *settings, faults=[("die_after", 8)]).wait()
+    settings = [setting for setting in settings if setting not in ("--slots", "2", "8")]
+    refused = classify.start("run", *settings, processes=3).wait()
+    assert refused.code == 2
+    assert "dropout masks would differ" in refused.output
+    assert "--allow_changes slots" in refused.output
+    classify.run("run", *settings, "--allow_changes", "slots", processes=3)
+    state = json.loads(classify.file("run", 12, "state.json"))
+    assert state["progress"]["slots"] == 3

@@ -1,0 +1,70 @@
+"""Gradient sums with the same bits on 1, 2, 4, 8, ... processes.
+
+Float addition commutes but does not associate, so the bits of a sum depend on its tree. Here the tree is fixed by the
+number of slots: a balanced binary one over the slots in their order. A process adds up the subtree of its own slots;
+then processes exchange subtrees by recursive doubling, and each of them computes the same upper levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+class ExactReduction:
+    """Collects the gradients of this process's slots and leaves the sum over all slots in the parameters."""
+
+    def __init__(self, parameters: Sequence[torch.Tensor], rank: int, num_processes: int) -> None:
+        self._parameters = parameters
+        self._rank = rank
+        self._num_processes = num_processes
+        self._tree: list[tuple[int, torch.Tensor]] = []  # (level, sum) of finished subtrees, left to right
+        self._spare: list[torch.Tensor] = []
+
+    def add(self) -> None:
+        """Take the gradient of the next slot out of the parameters and put it into the tree."""
+        flat = self._buffer()
+        for parameter, part in zip(self._parameters, self._split(flat)):
+            if parameter.grad is None:
+                part.zero_()
+            else:
+                part.copy_(parameter.grad.reshape(-1))
+            parameter.grad = None
+        level = 0
+        while self._tree and self._tree[-1][0] == level:
+            _, left = self._tree.pop()
+            self._spare.append(flat)
+            flat = left.add_(flat)
+            level += 1
+        self._tree.append((level, flat))
+
+    def finish(self) -> None:
+        """Exchange subtrees with the other processes and set the gradients; the tree is empty again then."""
+        ((_, total),) = self._tree
+        self._tree.clear()
+        distance = 1
+        while distance < self._num_processes:
+            partner = self._rank ^ distance
+            received = self._buffer()
+            sending = dist.P2POp(dist.isend, total, partner)
+            for work in dist.batch_isend_irecv([sending, dist.P2POp(dist.irecv, received, partner)]):
+                work.wait()
+            # a + b and b + a have the same bits, so both partners go on with the same sum.
+            total.add_(received)
+            self._spare.append(received)
+            distance *= 2
+        for parameter, part in zip(self._parameters, self._split(total)):
+            parameter.grad = torch.empty_like(parameter).copy_(part.view(parameter.shape))
+        self._spare.append(total)
+
+    def _buffer(self) -> torch.Tensor:
+        if self._spare:
+            return self._spare.pop()
+        first = self._parameters[0]
+        size = sum(parameter.numel() for parameter in self._parameters)
+        return torch.empty(size, dtype=first.dtype, device=first.device)
+
+    def _split(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        return list(flat.split([parameter.numel() for parameter in self._parameters]))
