@@ -15,6 +15,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 train: install
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml train/classify.py --config train/recipes/digits.yaml
+	@echo
+	@echo "Next:  . $(BIN)/activate"
+	@echo "  python train/classify.py --config train/recipes/digits.yaml --seed 1        another run beside it"
+	@echo "  python train/classify.py --dataset FOLDER_OF_IMAGES --image_size 64         your own images"
+	@echo "  python train/classify.py --config train/recipes/mnist.yaml                  99.2 % on MNIST in 360 steps"
+	@echo "  Stop any of them with Ctrl-C, or kill -9: the same command goes on where it was."
 
 test: install
 	$(BIN)/python -m pytest

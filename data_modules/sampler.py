@@ -67,7 +67,8 @@ class BatchSampler:
         size = len(batch)
         slots = []
         for number in range(self.rank * per_process, (self.rank + 1) * per_process):
-            first, last = size * number // self.num_slots, size * (number + 1) // self.num_slots
+            # Rounded up, so that slot 0 never is a filler: batch norm's averages are taken from it.
+            first, last = -(-size * number // self.num_slots), -(-size * (number + 1) // self.num_slots)
             indices = batch[first:last] if last > first else batch[:1]
             slots.append(SlotIndices(number, indices, last - first))
         return slots

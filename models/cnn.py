@@ -62,6 +62,21 @@ class SimpleCNN(nn.Module):
         return logits
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm that normalises a single value a channel, as the last sample of an epoch may leave, by its averages.
+
+    torch refuses such an input, whose variance is none.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # torch's name
+        """Return the input, normalised, [B, C, H, W]."""
+        if self.training and input[:, 0].numel() == 1:
+            return nn.functional.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+            )
+        return super().forward(input)
+
+
 class FastCNN(nn.Module):
     """conv16 5x5 - pool 3 - conv64 - pool 2 - conv96 - linear, with batch norm and GELU: small grey or colour images
     of 28 pixels a side or more to logits.
@@ -73,9 +88,9 @@ class FastCNN(nn.Module):
         super().__init__()
         channels, height, width = check_size("fast_cnn", input_shape, 28)
         self.features = nn.Sequential(
-            nn.Conv2d(channels, 16, 5, bias=False), nn.MaxPool2d(3), nn.BatchNorm2d(16), nn.GELU(),
-            nn.Conv2d(16, 64, 3, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(64), nn.GELU(),
-            nn.Conv2d(64, 96, 3, bias=False), nn.BatchNorm2d(96), nn.GELU(),
+            nn.Conv2d(channels, 16, 5, bias=False), nn.MaxPool2d(3), BatchNorm(16), nn.GELU(),
+            nn.Conv2d(16, 64, 3, bias=False), nn.MaxPool2d(2), BatchNorm(64), nn.GELU(),
+            nn.Conv2d(64, 96, 3, bias=False), BatchNorm(96), nn.GELU(),
         )  # fmt: skip
         self.features.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch 2.13's stub lacks it
         flat = 96 * (((height - 4) // 3 - 2) // 2 - 2) * (((width - 4) // 3 - 2) // 2 - 2)

@@ -52,3 +52,37 @@ def poison_loss(rank, step, value, count):
             self.measure = measure
 
     Loop._forward_backward = forward_backward
+
+
+def use_fsdp2(rank, *layers):
+    """Make Accelerate shard the model with FSDP2, which it declines to do on CPUs (accelerate 1.15): test code only.
+
+    It is told to between the start of the processes and `prepare`; what follows is what it does on GPUs. Modules of
+    the classes `layers` become units of their own.
+    """
+    from accelerate import DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+
+    from train.engine import runtime, session
+
+    start, prepare = runtime.start_runtime, session.prepare_state
+
+    def start_runtime(settings):
+        started = start(settings)
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=list(layers)
+        )
+        if (precision := started.accelerator.mixed_precision) != "no":
+            plugin.set_mixed_precision(precision)
+        AcceleratorState._shared_state["fsdp_plugin"] = plugin
+        for states in (PartialState._shared_state, AcceleratorState._shared_state):
+            states["distributed_type"] = DistributedType.FSDP
+        return started
+
+    def prepare_state(settings, runtime, *arguments):
+        state = prepare(settings, runtime, *arguments)
+        kinds = {type(parameter).__name__ for parameter in state.model.parameters()}
+        runtime.say(f"the parameters are {kinds}")
+        return state
+
+    runtime.start_runtime, session.prepare_state = start_runtime, prepare_state

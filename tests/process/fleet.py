@@ -44,7 +44,7 @@ class Fleet:
             arguments: command line.
             processes: number of ranks; with more than one the environment is torchrun's.
             faults: names and arguments of functions in tests.process.faults, called in each rank before the script.
-            environment: further variables.
+            environment: further variables; None removes one.
             threads: torch's threads in each rank.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,11 @@ def _be_rank(script, arguments, rank, processes, variables, log, faults, threads
     os.dup2(descriptor, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
-    os.environ.update(variables)
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     if processes > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     import torch

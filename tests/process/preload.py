@@ -1,13 +1,18 @@
 """Imported once by the server that ranks are forked from; importing it must start no thread and compute nothing."""
+# ruff: noqa: F401
 
-import accelerate  # noqa: F401
-import sklearn.datasets  # noqa: F401
+import accelerate
+import matplotlib.backends.backend_agg
+import matplotlib.figure
+import sklearn.datasets
 import torch
-import torch.distributed.tensor  # noqa: F401
+import torch._dynamo
+import torch.distributed.tensor
 
 import data_modules.embedded
-import data_modules.loader  # noqa: F401
+import data_modules.images
+import data_modules.loader
 import models.cnn
-import models.mlp  # noqa: F401
+import models.mlp
 import train.classify
-import train.engine.loop  # noqa: F401
+import train.engine.loop

@@ -56,7 +56,6 @@ def test_moving_run_equals_a_still_one(classify, moving):
 
 
 def test_exact_reduction_gives_the_same_bits_on_any_number_of_processes(classify, moving):
-    settings = [*SETTINGS, "--reduction", "exact", "--model", "fast_cnn", "--image_size", 28]
     settings = [*SETTINGS, "--reduction", "exact"]
     weights = set()
     for processes in (1, 2, 4, 8):
@@ -87,3 +86,31 @@ def test_processes_that_do_not_divide_the_slots_need_consent(classify):
     classify.run("run", *settings, "--allow_changes", "slots", processes=3)
     state = json.loads(classify.file("run", 12, "state.json"))
     assert state["progress"]["slots"] == 3
+
+
+def test_sharded_checkpoints_resume_on_any_number_of_processes(classify):
+    settings = [*SETTINGS, "--ema_decay", "0.9"]
+    classify.run("whole", *settings, processes=2)
+    sharded = [*settings, "--checkpoint_format", "sharded"]
+    for processes, step in ((2, 4), (4, 7), (2, 10)):
+        classify.start("sharded", *sharded, processes=processes, faults=[("die_after", step)]).wait()
+    finished = classify.run("sharded", *sharded, processes=2)
+    assert "resuming" in finished.output
+    files = {path.name for path in (classify.folder / "sharded" / "checkpoints" / "step_00000012").iterdir()}
+    assert {f"model.shard_0000{rank}_of_00002.safetensors" for rank in (0, 1)} <= files
+    assert "model.safetensors" not in files
+    # Back to one file, on one process: the run is over, so it only loads; one more step shows that all is there.
+    classify.run("sharded", *settings, "--max_train_steps", 13, "--lr_scheduler", "cosine")
+    classify.run("whole", *settings, "--max_train_steps", 13, "--lr_scheduler", "cosine")
+    one, other = (load(classify.file(name, 13)) for name in ("whole", "sharded"))
+    assert max(abs(one[name] - other[name]).max() for name in one) < 1e-5
+
+
+def test_same_processes_sharded_and_whole_have_the_same_bits(classify):
+    short = [*SETTINGS, "--max_train_steps", "4"]
+    classify.run("whole", *short, processes=2)
+    for steps in (3, 4):
+        classify.run("sharded", *short, "--max_train_steps", steps, "--checkpoint_format", "sharded", processes=2)
+    classify.run("sharded", *short, "--max_train_steps", 5, processes=2)
+    classify.run("whole", *short, "--max_train_steps", 5, processes=2)
+    assert classify.file("whole", 5) == classify.file("sharded", 5)

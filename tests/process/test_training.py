@@ -89,7 +89,7 @@ def test_best_and_latest_are_kept(classify):
 
 def test_wandb_offline_without_a_key(classify, tmp_path):
     """One offline run per start, all with the same id, and nobody is asked anything."""
-    hidden = {"WANDB_API_KEY": "", "WANDB_MODE": "", "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    hidden = {"WANDB_API_KEY": None, "WANDB_MODE": None, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
     arguments = ["--output_dir", tmp_path, "--run_name", "run", "--max_train_steps", 2]
     for steps in (2, 4):
         finished = Fleet(

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,6 +15,8 @@ from train.engine import cli
 from train.engine.cli import parse_settings, settings_to_yaml
 from train.engine.errors import TrainingError, UsageError
 from train.engine.settings import Every, RunSettings, check_settings, parse_every
+
+RECIPES = Path(cli.__file__).parents[1] / "recipes"
 
 
 def parse(*arguments):
@@ -70,7 +74,7 @@ def test_boolean_flags_switch_on_and_off(recipe):
 def test_recipe_values_of_every_kind(recipe):
     path = recipe(
         """
-        learning_rate: 1e-3      # text to YAML 1.1
+        learning_rate: 3e-3      # text to YAML 1.1
         weight_decay: 1.0e-2
         batch_size: 96
         compile: true
@@ -85,7 +89,7 @@ def test_recipe_values_of_every_kind(recipe):
     )
     assert parse("--config", path) == ClassifySettings(
         config=str(path),
-        learning_rate=1e-3,
+        learning_rate=3e-3,
         weight_decay=1e-2,
         batch_size=96,
         compile=True,
@@ -97,9 +101,9 @@ def test_recipe_values_of_every_kind(recipe):
 
 
 def test_recipe_read_as_text_by_yaml_is_a_number_all_the_same(recipe):
-    path = recipe("learning_rate: 1e-3")
-    assert yaml.safe_load(path.read_text()) == {"learning_rate": "1e-3"}  # else this test proves nothing
-    assert parse(f"--config={path}").learning_rate == 0.001
+    path = recipe("learning_rate: 3e-3")
+    assert yaml.safe_load(path.read_text()) == {"learning_rate": "3e-3"}  # else this test proves nothing
+    assert parse("--config", path).learning_rate == parse(f"--config={path}").learning_rate == 0.003
 
 
 def test_flags_win_over_the_recipe_before_and_after_it(recipe):
@@ -246,6 +250,7 @@ def test_settings_written_as_a_recipe_are_read_back_the_same(recipe):
     for settings in (ClassifySettings(), changed):
         path = recipe(settings_to_yaml(settings))
         assert parse("--config", path) == dataclasses.replace(settings, config=str(path))
+        assert settings_to_yaml(parse("--config", path)) == path.read_text()  # where a recipe lies is no part of it
 
 
 @pytest.mark.parametrize(
@@ -255,6 +260,13 @@ def test_settings_written_as_a_recipe_are_read_back_the_same(recipe):
 def test_text_that_yaml_would_change_survives_a_round_trip(recipe, text):
     path = recipe(settings_to_yaml(ClassifySettings(dataset=text)))
     assert parse("--config", path).dataset == text
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_that_come_with_the_scripts_are_accepted(path):
+    script = re.search(r"train/(\w+)\.py", path.read_text())[1]  # the first line of each says what it is for
+    if script == "classify":
+        assert parse("--config", path) != ClassifySettings(config=str(path))
 
 
 def test_help_and_import_of_the_script_leave_torch_alone():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.cnn import MnistCNN, SimpleCNN
+from models.cnn import FastCNN, MnistCNN, SimpleCNN
 from models.mlp import MLP
 
 KINDS = [
@@ -15,6 +15,8 @@ KINDS = [
     (SimpleCNN, (3, 32, 32), 10),
     (SimpleCNN, (1, 4, 4), 3),
     (SimpleCNN, (3, 17, 30), 5),
+    (FastCNN, (1, 28, 28), 10),
+    (FastCNN, (3, 30, 41), 4),
 ]
 
 
@@ -36,6 +38,8 @@ def layers(model):
             found.append(("linear", layer.in_features, layer.out_features))
         elif isinstance(layer, nn.Dropout):
             found.append(("dropout", layer.p))
+        elif isinstance(layer, nn.BatchNorm2d):
+            found.append(("norm", layer.num_features))
         elif isinstance(layer, nn.MaxPool2d):
             found.append(("pool", layer.kernel_size))
     return found
@@ -113,6 +117,32 @@ def test_simple_cnn_has_the_layers_that_were_promised_at_any_size(shape, flat):
     ]
 
 
+@pytest.mark.parametrize(("shape", "flat"), [((1, 28, 28), 96), ((3, 30, 41), 96 * 1 * 3)])
+def test_fast_cnn_has_the_layers_that_its_description_names(shape, flat):
+    assert layers(FastCNN(shape, 10)) == [
+        ("conv", shape[0], 16, 5),
+        ("pool", 3),
+        ("norm", 16),
+        ("conv", 16, 64, 3),
+        ("pool", 2),
+        ("norm", 64),
+        ("conv", 64, 96, 3),
+        ("norm", 96),
+        ("linear", flat, 10),
+    ]
+    assert shape[0] != 1 or count(FastCNN(shape, 10)) == 66_234
+
+
+def test_fast_cnn_trains_on_a_single_sample():
+    torch.manual_seed(0)
+    model, image = FastCNN(), torch.randn(1, 1, 28, 28)
+    assert model.train()(image).isfinite().all()
+    last = model.features[9]
+    assert torch.equal(last.running_mean, torch.zeros(96))  # one value has no variance to be remembered
+    model(torch.randn(2, 1, 28, 28)).sum().backward()
+    assert not torch.equal(last.running_mean, torch.zeros(96))
+
+
 @pytest.mark.parametrize(
     ("kind", "shape", "said"),
     [
@@ -120,6 +150,8 @@ def test_simple_cnn_has_the_layers_that_were_promised_at_any_size(shape, flat):
         (MnistCNN, (1, 28, 5), "6 x 6 pixels or more, these are 28 x 5"),
         (SimpleCNN, (3, 3, 32), "simple_cnn needs images of 4 x 4 pixels or more, these are 3 x 32"),
         (SimpleCNN, (3, 32, 3), "4 x 4 pixels or more, these are 32 x 3"),
+        (FastCNN, (1, 27, 28), "fast_cnn needs images of 28 x 28 pixels or more, these are 27 x 28"),
+        (FastCNN, (1, 28, 27), "28 x 28 pixels or more, these are 28 x 27"),
         (MnistCNN, (2,), "mnist_cnn needs images, the samples have shape (2,); try --model mlp"),
         (SimpleCNN, (2,), "simple_cnn needs images, the samples have shape (2,); try --model mlp"),
         (SimpleCNN, (28, 28), "simple_cnn needs images"),

@@ -110,6 +110,7 @@ def test_slots_are_even_and_fillers_have_count_zero(case):
     for size, slots in case.batches(case.processes):
         counts = [count for _, count, _ in slots]
         assert max(counts) - min(counts) <= 1
+        assert counts[0] == max(counts)  # batch norm's averages are those of slot 0
         for _, count, indices in slots:
             assert len(indices) == max(1, count)
             assert all(0 <= index < case.num_samples for index in indices)
@@ -118,7 +119,7 @@ def test_slots_are_even_and_fillers_have_count_zero(case):
 
 def test_a_batch_smaller_than_the_slots_has_fillers():
     slots = [slot for _, slots in Case(2, 2, 4, 2, 0, 0, 0).batches(2) for slot in slots]
-    assert [count for _, count, _ in slots] == [0, 1, 0, 1]
+    assert [count for _, count, _ in slots] == [1, 0, 1, 0]
 
 
 @quick

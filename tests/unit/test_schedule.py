@@ -14,7 +14,7 @@ TOTAL = 100
 
 
 class RateOnly(torch.optim.Optimizer):
-    """Holds a rate for the schedulers; a real optimizer imports torch._dynamo, which takes longer than all these tests."""
+    """Holds a rate; a real optimizer imports torch._dynamo, which takes longer than all of these tests."""
 
     def __init__(self):
         self.param_groups = [{"lr": 1.0, "params": []}]

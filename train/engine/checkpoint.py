@@ -12,23 +12,26 @@ import re
 import stat
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from train.engine import storage
 from train.engine.errors import TrainingError
+from train.engine.sharded import SHARD, ShardedTensors, complete
 from train.engine.state import Tensors
 
 FORMAT = 1
-REQUIRED = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
-OPTIONAL = ("ema.safetensors",)
-_NAME = re.compile(r"step_(\d{8,})")
+REQUIRED = ("model", "optimizer")  # each one file, or a shard of each process
+KNOWN = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "rng.safetensors", "state.json")
+_NAME = re.compile(r"step_[0-9]{8,18}")
 _LARGEST_JSON = 256 * 2**20
 
 
@@ -43,14 +46,18 @@ class Checkpoint:
     path: Path
     step: int
     record: dict[str, Any]
+    files: tuple[str, ...]  # names of the tensor files that the manifest vouches for
 
-    def load(self) -> dict[str, Tensors]:
-        """Return the tensors of each file on the CPU."""
-        return {file.stem: load_file(file) for file in sorted(self.path.glob("*.safetensors")) if _known(file.name)}
-
-
-def _known(name: str) -> bool:
-    return name in REQUIRED or name in OPTIONAL
+    def load(self) -> dict[str, Mapping[str, torch.Tensor]]:
+        """Return the tensors of each part on the CPU."""
+        parts: dict[str, Mapping[str, torch.Tensor]] = {}
+        shards: dict[str, list[Path]] = {}
+        for name in self.files:
+            if match := SHARD.fullmatch(name):
+                shards.setdefault(match[1], []).append(self.path / name)
+            else:
+                parts[name.removesuffix(".safetensors")] = load_file(self.path / name)
+        return parts | {part: ShardedTensors(files, self.record["whole"][part]) for part, files in shards.items()}
 
 
 def step_name(step: int) -> str:
@@ -62,23 +69,33 @@ def list_steps(folder: Path) -> list[int]:
     """Return the steps of which there is a checkpoint, valid or not, in rising order."""
     if not folder.is_dir():
         return []
-    return sorted(int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
+    names = [path.name for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(step for name in names if step_name(step := int(name.removeprefix("step_"))) == name)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, thorough: bool = True) -> Checkpoint:
     """Verify a checkpoint to the last byte and read its plain values.
+
+    Args:
+        path: its directory.
+        thorough: False leaves the tensor files unread, but for their size: enough to list it, not to load it.
 
     Raises:
         DamagedCheckpointError: it is missing, cut short, altered, foreign or of a newer format; nothing was loaded.
     """
     try:
+        if path.is_symlink():
+            raise DamagedCheckpointError(f"{path}: is a link, not a directory")
         manifest = _read_json(path, "manifest.json")
-        _verify(path, manifest)
+        _verify(path, manifest, thorough)
         record = _read_json(path, "state.json")
         if record["progress"]["step"] != manifest["step"]:
             raise DamagedCheckpointError(f"{path}: state.json and manifest.json are of different steps")
-        return Checkpoint(path, manifest["step"], record)
-    except (KeyError, TypeError, AttributeError) as error:
+        tensors = tuple(name for name in manifest["files"] if name.endswith(".safetensors"))
+        return Checkpoint(path, manifest["step"], record, tensors)
+    except DamagedCheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OSError) as error:
         raise DamagedCheckpointError(f"{path}: is not laid out as a checkpoint ({error!r})") from error
 
 
@@ -101,9 +118,7 @@ def _require_plain_file(path: Path, name: str) -> None:
         raise DamagedCheckpointError(f"{path}: {name} is no plain file (a link or a device)")
 
 
-def _verify(path: Path, manifest: dict[str, Any]) -> None:
-    if path.is_symlink():
-        raise DamagedCheckpointError(f"{path}: is a link, not a directory")
+def _verify(path: Path, manifest: dict[str, Any], thorough: bool) -> None:
     if manifest["format"] > FORMAT:
         raise DamagedCheckpointError(
             f"{path}: has format {manifest['format']}, this program knows formats up to {FORMAT}; update the program"
@@ -115,11 +130,13 @@ def _verify(path: Path, manifest: dict[str, Any]) -> None:
         raise DamagedCheckpointError(f"{path}: has the unknown format {manifest['format']}")
     if path.name != step_name(manifest["step"]):
         raise DamagedCheckpointError(f"{path}: holds step {manifest['step']}, not what its name says")
-    for name in REQUIRED:
-        if name not in manifest["files"]:
+    listed = set(manifest["files"])
+    missing = [f"{part}.safetensors" for part in REQUIRED if not complete(listed, part)]
+    for name in [*missing, "rng.safetensors", "state.json"]:
+        if name not in listed:
             raise DamagedCheckpointError(f"{path}: manifest.json does not list {name}")
     for name, expected in manifest["files"].items():
-        if not _known(name):
+        if name not in KNOWN and not SHARD.fullmatch(name):
             raise DamagedCheckpointError(
                 f"{path}: manifest.json lists {name!r}, which does not belong into a checkpoint"
             )
@@ -127,6 +144,8 @@ def _verify(path: Path, manifest: dict[str, Any]) -> None:
         size = (path / name).stat().st_size
         if size != expected["size"]:
             raise DamagedCheckpointError(f"{path}: {name} has {size} bytes instead of {expected['size']}")
+        if not thorough and name.endswith(".safetensors"):
+            continue
         try:
             found = storage.checksum(path / name)
             if name.endswith(".safetensors"):
@@ -194,14 +213,24 @@ class CheckpointWriter:
     At most one is in flight. An error of the writing thread is raised by the next call.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, shards: dist.ProcessGroup | None = None) -> None:
+        """Prepare for writing.
+
+        Args:
+            folder: where checkpoints go.
+            keep: newest ones to keep; the best is kept besides.
+            shards: group of all processes, for sharded checkpoints. Each process then has a writer, which writes the
+                files it is given; rank 0 adds state.json and the manifest. Nobody else may use the group.
+        """
         self.folder = folder
         self.keep = keep
+        self._shards = shards
         self.seconds = 0.0  # whole duration of the latest save
         self.blocked_seconds = 0.0  # how long training stood still for it
         self._buffers: dict[tuple[str, str], torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._announced = False
 
     def save(self, files: dict[str, Tensors], record: dict[str, Any], also_flush: list[Path]) -> None:
         """Copy the state and return; a thread writes it.
@@ -272,15 +301,55 @@ class CheckpointWriter:
     def _write(
         self, files: dict[str, Tensors], text: str, progress: dict[str, Any], also_flush: list[Path], start: float
     ) -> None:
+        leads = self._shards is None or dist.get_rank() == 0
+        self._announced = False
         try:
-            for path in also_flush:
-                storage.sync(path)
-            step = progress["step"]
-            storage.commit_directory(self.folder / step_name(step), lambda path: _fill(path, files, text, step))
-            self._prune(progress["best_step"])
+            if leads:
+                for path in also_flush:
+                    storage.sync(path)
+                step = progress["step"]
+                storage.commit_directory(
+                    self.folder / step_name(step), lambda path: self._fill(path, files, text, step)
+                )
+                self._prune(progress["best_step"])
+            else:
+                self._write_together(None, files)
             self.seconds = time.perf_counter() - start
         except Exception as error:  # handed to the training thread, which raises it
             self._error = error
+            if leads and self._shards is not None and not self._announced:
+                self._write_together(None, {})  # the others wait for the name of a directory
+
+    def _fill(self, path: Path, files: dict[str, Tensors], text: str, step: int) -> None:
+        """Write all files of a checkpoint into its temporary directory; with shards, together with the others."""
+        entries = _write_tensors(path, files) if self._shards is None else self._write_together(path, files)
+        entries["state.json"] = storage.write_durably(path / "state.json", [text.encode()])
+        content = {"format": FORMAT, "step": step, "files": entries}
+        manifest = json.dumps({**content, "digest": _digest(content)}, indent=1)
+        storage.write_durably(path / "manifest.json", [manifest.encode()])
+
+    def _write_together(self, path: Path | None, files: dict[str, Tensors]) -> dict[str, Any]:
+        """Write this process's files into the directory that rank 0 names; return the entries of all files.
+
+        Raises:
+            OSError: on every process, if one of them could not write.
+        """
+        box = [path]
+        dist.broadcast_object_list(box, src=0, group=self._shards)
+        self._announced = True
+        if box[0] is None:  # rank 0 has failed before, and says so itself
+            return {}
+        mine: dict[str, Any] | OSError
+        try:
+            mine = _write_tensors(box[0], files)
+        except OSError as error:
+            mine = error
+        everyone: list[Any] = [None] * dist.get_world_size(self._shards)
+        dist.all_gather_object(everyone, mine, group=self._shards)
+        failed = [part for part in everyone if isinstance(part, OSError)]
+        if failed:
+            raise failed[0]
+        return {name: entry for part in everyone for name, entry in part.items()}
 
     def _prune(self, best_step: int | None) -> None:
         for step in list_steps(self.folder)[: -self.keep]:
@@ -288,12 +357,8 @@ class CheckpointWriter:
                 storage.remove_directory(self.folder / step_name(step))
 
 
-def _fill(path: Path, files: dict[str, Tensors], text: str, step: int) -> None:
-    entries = {
+def _write_tensors(path: Path, files: dict[str, Tensors]) -> dict[str, Any]:
+    return {
         f"{name}.safetensors": storage.write_durably(path / f"{name}.safetensors", storage.tensor_chunks(tensors))
         for name, tensors in files.items()
     }
-    entries["state.json"] = storage.write_durably(path / "state.json", [text.encode()])
-    content = {"format": FORMAT, "step": step, "files": entries}
-    manifest = json.dumps({**content, "digest": _digest(content)}, indent=1)
-    storage.write_durably(path / "manifest.json", [manifest.encode()])

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from train.engine.errors import EXIT_ERROR, EXIT_USAGE, TrainingError, UsageError
+from train.engine.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, TrainingError, UsageError
 from train.engine.settings import RunSettings, check_settings
+from train.engine.verify import verify_resume
 
 Settings = TypeVar("Settings", bound=RunSettings)
 
@@ -91,13 +92,17 @@ def run_script(main: Callable[[Settings], int], kind: type[Settings], descriptio
     A UsageError becomes one message and exit code 2, a TrainingError one message and exit code 1.
     """
     try:
-        code = main(parse_settings(kind, sys.argv[1:], description))
+        settings = parse_settings(kind, sys.argv[1:], description)
+        code = verify_resume(settings, sys.argv[0]) if settings.verify_resume else main(settings)
     except UsageError as error:
         code = EXIT_USAGE
         _print_error("\n".join(f"error: {problem}" for problem in error.problems))
     except TrainingError as error:
         code = EXIT_ERROR
         _print_error(f"error: {error}")
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+        _print_error("interrupted: nothing was saved at this point; checkpoints already there are intact")
     except Exception:
         code = EXIT_ERROR
         traceback.print_exc()

@@ -7,6 +7,7 @@ EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_PREFLIGHT = 3
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, checkpoint saved, run again to go on
+EXIT_INTERRUPTED = 130  # a second Ctrl-C, or one before training began
 
 
 class UsageError(ValueError):

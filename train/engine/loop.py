@@ -31,7 +31,8 @@ from train.engine.runtime import Runtime
 from train.engine.schedule import build_schedule
 from train.engine.session import Session, environment
 from train.engine.settings import TrainSettings, parse_every
-from train.engine.state import RunState, capture, full, named_tensors
+from train.engine.sharded import describe_whole, own_pieces, shard_file
+from train.engine.state import RunState, Tensors, capture, full, named_tensors
 from train.engine.tracking import Tracker
 
 MOST_SKIPPED_IN_A_ROW = 10
@@ -78,9 +79,11 @@ class Loop:
     def __post_init__(self) -> None:
         settings = self.settings
         run = self.session.run
-        self.writer = None  # on rank 0 only
-        if run is not None and self.runtime.is_main:
-            self.writer = CheckpointWriter(run.checkpoints, settings.keep_checkpoints)
+        self.sharded = settings.checkpoint_format == "sharded" and self.runtime.num_processes > 1
+        self.writer = None  # on rank 0 only, unless the checkpoint is sharded
+        if run is not None and (self.runtime.is_main or self.sharded):
+            group = dist.new_group(backend="gloo") if self.sharded else None  # its own: a thread uses it
+            self.writer = CheckpointWriter(run.checkpoints, settings.keep_checkpoints, group)
         self.record = {  # every checkpoint carries it beside the state
             "config": asdict(settings),
             "precision": self.runtime.accelerator.mixed_precision,
@@ -398,7 +401,19 @@ class Loop:
             return
         self.state.progress.metrics_bytes = self.tracker.position
         live, record = capture(self.state, self.runtime)
-        files = {file: {name: full(tensor) for name, tensor in tensors.items()} for file, tensors in live.items()}
+        files: dict[str, Tensors]
+        if self.sharded:
+            rank, num_processes = self.runtime.rank, self.runtime.num_processes
+            files = {
+                shard_file(part, rank, num_processes): own_pieces(tensors, rank, num_processes)
+                for part, tensors in live.items()
+                if part != "rng"
+            }
+            if rank == 0:
+                files["rng"] = live["rng"]
+            record["whole"] = {part: describe_whole(tensors) for part, tensors in live.items() if part != "rng"}
+        else:
+            files = {part: {name: full(tensor) for name, tensor in tensors.items()} for part, tensors in live.items()}
         if self.writer is not None:
             self.writer.save(files, self.record | record, also_flush=[run.metrics])
 

@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from enum import IntEnum
 from types import FrameType
 
@@ -34,6 +35,7 @@ class Preemption:
     def __init__(self, control: dist.ProcessGroup | None) -> None:
         self.signal_name: str | None = None
         self.wish = Request.NOTHING  # of this process
+        self._received = 0.0
         self._control = control
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
         self._before: dict[int, object] = {}
@@ -49,8 +51,11 @@ class Preemption:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_name is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait
+        now = time.monotonic()
+        # The second Ctrl-C does not wait. Within a second it is the same one, from the terminal and from torchrun.
+        if number == signal.SIGINT and self.signal_name is not None and now - self._received > 1.0:
+            raise KeyboardInterrupt
+        self._received = now
         self.signal_name = signal.Signals(number).name
         self.wish = Request.STOP
 

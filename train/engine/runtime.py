@@ -128,12 +128,11 @@ def start_runtime(settings: RunSettings) -> Runtime:
         )
     except (ValueError, ImportError) as error:
         raise UsageError(f"--mixed_precision {settings.mixed_precision}: {error}") from error
-    wanted = settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if accelerator.mixed_precision != wanted:
-        raise UsageError(
-            f"mixed precision {wanted} is not to be had on {accelerator.device.type}: Accelerate would use "
-            f"{accelerator.mixed_precision!r}. Choose --mixed_precision no or bf16"
-        )
+    precision = accelerator.mixed_precision
+    if precision == "fp16" and accelerator.scaler is None:  # Accelerate would go on without loss scaling
+        raise UsageError(f"mixed precision fp16 is not to be had on {accelerator.device.type}: choose bf16 or no")
+    if settings.mixed_precision not in (None, precision):
+        raise UsageError(f"--mixed_precision {settings.mixed_precision}: Accelerate would use {precision!r}")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UsageError(

@@ -135,7 +135,7 @@ def prepare_state(settings: TrainSettings, runtime: Runtime, session: Session, m
         state.ema = {name: value.detach().clone() for name, value in named_tensors(model)[0].items()}
     if session.found is not None:
         try:
-            restore(state, runtime, session.found.load(), session.found.record)
+            restore(state, runtime, session.found.load(), session.found.record, settings.allow_changes)
         except ValueError as error:
             raise UsageError(f"{session.found.path}: {error}") from error
         state.progress.slots = session.batching.slots
@@ -235,6 +235,10 @@ def _compare(settings: RunSettings, runtime: Runtime, data: dict[str, Any], foun
             f"{found.path} was made with other settings, which change the result:\n  {lines}\n"
             f"To go on all the same: --allow_changes {names}. To start anew: choose another --run_name"
         )
+    before, now = saved["environment"], environment(runtime)
+    for name in ("num_threads", "device", "torch"):
+        if before[name] != now[name]:
+            notes.append(f"changed {name}: {before[name]} in the checkpoint, {now[name]} now; the last bits may differ")
     return notes
 
 

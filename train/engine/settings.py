@@ -44,26 +44,20 @@ class RunSettings:
     """Optimizer steps between two lines of training metrics."""
     checkpoint_every: str = "1 epoch"
     """'500' optimizer steps, '2 epochs' or '10 minutes'. A new best and the end of the run are saved besides."""
+    checkpoint_format: Literal["whole", "sharded"] = "whole"
+    """whole: rank 0 writes one file each for model and optimizer. sharded: every process writes its part, for large
+    states on a file system that all share. Either resumes on any number of processes."""
     keep_checkpoints: int = 3
     """Newest checkpoints to keep; the best is kept besides."""
     dry_run: bool = False
     """Check everything, do one step and one evaluation batch, write nothing."""
+    verify_resume: bool = False
+    """Run a few steps straight, and killed and restarted, compare all tensors, and leave with 0 if equal, else 3."""
 
-    neutral: ClassVar[frozenset[str]] = frozenset(
-        [
-            "output_dir",
-            "run_name",
-            "config",
-            "resume",
-            "allow_changes",
-            "tracker",
-            "wandb_project",
-            "log_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "dry_run",
-        ]
-    )
+    neutral: ClassVar[frozenset[str]] = frozenset({
+        "output_dir", "run_name", "config", "resume", "allow_changes", "tracker", "wandb_project", "log_every",
+        "checkpoint_every", "checkpoint_format", "keep_checkpoints", "dry_run", "verify_resume",
+    })  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ write the same file.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -19,6 +20,7 @@ from train.engine.runtime import Runtime
 from train.engine.schedule import EarlyStopping, Plateau
 
 Tensors = dict[str, torch.Tensor]
+Parts = Mapping[str, Mapping[str, torch.Tensor]]  # the files of a checkpoint
 
 
 @dataclass
@@ -159,9 +161,15 @@ def capture_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tup
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Tensors, record: dict[str, Any]
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    record: dict[str, Any],
+    changed: Sequence[str] = (),
 ) -> None:
     """Put an optimizer into the captured state. Values keep their dtype, which load_state_dict would cast.
+
+    Settings of its groups that are named in `changed` stay as they are.
 
     Raises:
         ValueError: the checkpoint is of another kind of optimizer or other parameters; nothing was changed.
@@ -177,7 +185,8 @@ def restore_optimizer(
     for group, saved in zip(optimizer.param_groups, record["groups"]):
         for parameter in group["params"]:
             by_name[names[id(parameter)]] = (parameter, group)
-        group.update({key: _unpack(value, tensors, None, False) for key, value in saved["settings"].items()})
+        settings = {key: _unpack(value, tensors, None, False) for key, value in saved["settings"].items()}
+        group.update({key: value for key, value in settings.items() if key not in changed})
     optimizer.state.clear()
     for name, values in record["states"].items():
         parameter, group = by_name[name]
@@ -201,7 +210,7 @@ def _pack(value: Any, tensors: Tensors, name: str) -> Any:
     raise ValueError(f"the optimizer keeps {name!r} of type {type(value).__name__}; a checkpoint cannot hold it")
 
 
-def _unpack(value: Any, tensors: Tensors, parameter: torch.Tensor | None, on_device: bool) -> Any:
+def _unpack(value: Any, tensors: Mapping[str, torch.Tensor], parameter: torch.Tensor | None, on_device: bool) -> Any:
     if not isinstance(value, dict):
         return value
     kind, content = next(iter(value.items()))
@@ -251,17 +260,22 @@ def capture(state: RunState, runtime: Runtime) -> tuple[dict[str, Tensors], dict
     return files, record
 
 
-def restore(state: RunState, runtime: Runtime, files: dict[str, Tensors], record: dict[str, Any]) -> None:
+def restore(
+    state: RunState, runtime: Runtime, files: Parts, record: dict[str, Any], changed: Sequence[str] = ()
+) -> None:
     """Put a run into the captured state, whatever the number of processes then and now.
+
+    Settings of the optimizer that are named in `changed` stay as they are; an average of the weights that the
+    checkpoint lacks starts from the weights.
 
     Raises:
         ValueError: the checkpoint does not fit the model or the optimizer; says where. The run must not go on.
     """
     restore_model(state.model, files["model"], record["aliases"])
-    restore_optimizer(state.optimizer, state.model, files["optimizer"], record["optimizer"])
+    restore_optimizer(state.optimizer, state.model, files["optimizer"], record["optimizer"], changed)
     if state.ema is not None:
         for name, tensor in state.ema.items():
-            copy_into(tensor, files["ema"][name])
+            copy_into(tensor, files.get("ema", files["model"])[name])
     state.progress = progress_from_json(record["progress"])
     if state.scaler is not None and record["scaler"] is not None:
         state.scaler.load_state_dict(record["scaler"])
@@ -279,7 +293,7 @@ def restore(state: RunState, runtime: Runtime, files: dict[str, Tensors], record
     state.window = None if window is None else window.to(runtime.device)
 
 
-def restore_model(model: nn.Module, saved: Tensors, saved_aliases: dict[str, str]) -> None:
+def restore_model(model: nn.Module, saved: Mapping[str, torch.Tensor], saved_aliases: dict[str, str]) -> None:
     """Copy saved weights into a model.
 
     Raises:

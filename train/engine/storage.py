@@ -77,7 +77,7 @@ def sync(path: Path) -> None:
 def replace_file(path: Path, text: str) -> None:
     """Put a small file in place of another: readers see the old or the new one, also after a power loss."""
     temporary = path.with_name(f".tmp-{path.name}")
-    temporary.unlink(missing_ok=True)
+    remove_tree(temporary)
     write_durably(temporary, [text.encode()])
     os.replace(temporary, path)
     sync(path.parent)
@@ -107,11 +107,11 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory with all in it, if it is there. A link is removed, not followed."""
-    if path.is_symlink():
-        os.unlink(path)
-    elif path.exists():
+    """Remove a directory with all in it, or a file, if it is there. A link is removed, not followed."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.unlink(path)
 
 
 def sweep(folder: Path) -> None:

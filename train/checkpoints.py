@@ -1,0 +1,217 @@
+"""List, verify, compare and export the checkpoints of a run: python train/checkpoints.py RUN [--verify].
+
+Exit codes: 0 done, or equal; 1 different; 2 bad usage or input; 3 a checkpoint is damaged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.engine.errors import EXIT_DONE, EXIT_USAGE, UsageError
+
+if TYPE_CHECKING:  # torch takes seconds to import: --help answers without it
+    import torch
+
+    from train.engine.checkpoint import Checkpoint
+
+EXIT_DIFFERENT = 1
+EXIT_DAMAGED = 3
+
+
+def find_folder(run: str) -> Path:
+    """Return the folder that holds the checkpoints of a run.
+
+    Raises:
+        UsageError: there is none.
+    """
+    path = Path(run)
+    for folder in (path / "checkpoints", path):
+        if folder.is_dir() and (folder.name == "checkpoints" or any(folder.glob("step_*"))):
+            return folder
+    reason = "holds no checkpoints" if path.is_dir() else "is no folder"
+    raise UsageError(f"{run}: {reason}; give the folder of a run, such as runs/NAME")
+
+
+def find_checkpoint(folder: Path, wish: str) -> Checkpoint:
+    """Return a verified checkpoint: a step, best, latest, or the path of one.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+    """
+    from train.engine import checkpoint
+
+    if wish in ("best", "latest"):
+        find = checkpoint.find_best if wish == "best" else checkpoint.find_newest
+        found, damages = find(folder)
+        for damage in damages if found else []:
+            print(f"skipped a checkpoint: {damage}", file=sys.stderr)
+        if found is None:
+            raise UsageError(damages or f"{folder}: holds no checkpoints")
+        return found
+    is_step = wish.isascii() and wish.isdecimal() and len(wish) < 19
+    path = folder / checkpoint.step_name(int(wish)) if is_step else Path(wish)
+    if not path.is_dir():
+        steps = ", ".join(map(str, checkpoint.list_steps(folder))) or "none"
+        raise UsageError(f"{wish}: neither best, latest, a step of the run ({steps}) nor the folder of a checkpoint")
+    try:
+        return checkpoint.open_checkpoint(path.absolute())  # absolute: a checkpoint's name counts, also for "."
+    except checkpoint.DamagedCheckpointError as error:
+        raise UsageError(str(error)) from error
+
+
+def list_checkpoints(folder: Path, verify: bool) -> int:
+    """Print a line for each checkpoint and return the exit code."""
+    from train.engine import checkpoint
+
+    rows: list[tuple[int, Path, Checkpoint | None, str]] = []
+    for step in checkpoint.list_steps(folder):
+        path = folder / checkpoint.step_name(step)
+        try:
+            rows.append((step, path, checkpoint.open_checkpoint(path, thorough=verify), "valid"))
+        except checkpoint.DamagedCheckpointError as error:
+            if path.exists():  # a run that is under way may have pruned it just now
+                rows.append((step, path, None, f"damaged: {str(error).removeprefix(f'{path}: ')}"))
+    valid = [found for _, _, found, _ in rows if found is not None]
+    best = valid[-1].record["progress"]["best_step"] if valid else None
+    metric = valid[-1].record["config"]["best_metric"] if valid else "score"
+    print(f"{'step':>9}  {'date':<19}  {'size':>10}  {metric:>14}  {'':<4}  state")
+    for step, path, found, state in rows:
+        score = None if found is None else _score(found.record, metric)
+        shown = "-" if score is None else f"{score:.5g}"
+        mark = "best" if step == best else ""
+        size = f"{_bytes(path) / 2**20:,.1f} MB"
+        print(f"{step:>9}  {_date(path):<19}  {size:>10}  {shown:>14}  {mark:<4}  {state}")
+    damaged = len(rows) - len(valid)
+    print(f"{len(valid)} valid, {damaged} damaged" + ("" if verify else " (sizes only; --verify reads every byte)"))
+    return EXIT_DAMAGED if damaged else EXIT_DONE
+
+
+def _score(record: dict[str, Any], metric: str) -> float | None:
+    """Return the value of a metric if it was measured at the very step of the checkpoint."""
+    progress = record["progress"]
+    return progress["metrics"].get(metric) if progress["metrics_step"] == progress["step"] else None
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.lstat().st_size for file in path.iterdir()) if path.is_dir() else 0
+
+
+def _date(path: Path) -> str:
+    written = path / "manifest.json"
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((written if written.exists() else path).lstat().st_mtime))
+
+
+def compare(one: Checkpoint, other: Checkpoint) -> int:
+    """Print in which tensors two checkpoints differ and return the exit code."""
+    from safetensors import safe_open
+
+    total = differing = 0
+    for file in sorted({*one.files, *other.files}):
+        missing = [str(found.path) for found in (one, other) if file not in found.files]
+        if missing:
+            print(f"{file}: missing in {missing[0]}")
+            total, differing = total + 1, differing + 1
+            continue
+        with safe_open(one.path / file, "pt") as left, safe_open(other.path / file, "pt") as right:
+            here, there = set(left.keys()), set(right.keys())
+            total += len(here | there)
+            for name in sorted(here | there):
+                if name in here and name in there:
+                    difference = compare_tensors(left.get_tensor(name), right.get_tensor(name))
+                else:
+                    difference = f"missing in {other.path if name in here else one.path}"
+                if difference:
+                    differing += 1
+                    print(f"{file} {name}: {difference}")
+    print(f"{differing} of {total} tensors differ" if differing else f"all {total} tensors are equal, bit by bit")
+    return EXIT_DIFFERENT if differing else EXIT_DONE
+
+
+def compare_tensors(one: torch.Tensor, other: torch.Tensor) -> str:
+    """Say how two tensors differ; nothing if they are equal to the last bit, so NaN may equal NaN."""
+    import torch
+
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return f"{one.dtype} {tuple(one.shape)} against {other.dtype} {tuple(other.shape)}"
+    if not one.numel():
+        return ""
+    bits = [tensor.contiguous().reshape(-1, 1).view(torch.uint8) for tensor in (one, other)]
+    count = int((bits[0] != bits[1]).any(dim=1).sum())
+    if not count:
+        return ""
+    wide = torch.complex128 if one.is_complex() else torch.float64
+    largest = (one.to(wide) - other.to(wide)).abs().max().item()
+    return f"{count:,} of {one.numel():,} elements differ, by {largest:.6g} at most"
+
+
+def export(found: Checkpoint, out: Path) -> int:
+    """Copy the weights that the run was judged by to one safetensors file, which is whole or not there.
+
+    Raises:
+        UsageError: the file exists, is not called .safetensors, or cannot be written; nothing is left behind.
+    """
+    from safetensors.torch import load_file
+
+    from train.engine import storage
+
+    if out.suffix != ".safetensors":
+        raise UsageError(f"--export: {out} must end in .safetensors")
+    if out.exists() or out.is_symlink():
+        raise UsageError(f"--export: {out} exists already; choose another name")
+    averaged = found.record["config"]["best_metric"].startswith("val/ema_")
+    file = "ema.safetensors" if averaged else "model.safetensors"
+    weights = load_file(found.path / file)
+    # Tied weights get all their names, so that load_state_dict of the model takes the file as it is.
+    weights |= {alias: weights[name] for alias, name in found.record["aliases"].items()}
+    temporary = out.with_name(f".tmp-{out.name}")
+    try:
+        storage.remove_tree(temporary)
+        storage.write_durably(temporary, storage.tensor_chunks(weights))
+        temporary.rename(out)
+        storage.sync(out.absolute().parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            storage.remove_tree(temporary)
+        raise UsageError(f"--export: cannot write {out} ({error.strerror})") from error
+    size = out.stat().st_size / 2**20
+    print(f"{out}: {len(weights)} tensors, {size:,.1f} MB, from {file} of step {found.step}")
+    return EXIT_DONE
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help="folder of the run; its checkpoints are listed")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--verify", action="store_true", help="read every byte; a plain list looks at sizes only")
+    text = "compare two checkpoints tensor by tensor, bit by bit; each a step, best, latest or a path"
+    action.add_argument("--diff", nargs=2, metavar=("A", "B"), help=text)
+    text = "copy the weights of a checkpoint (a step, best, latest or a path) to one new file"
+    action.add_argument("--export", nargs=2, metavar=("WHICH", "OUT.safetensors"), help=text)
+    return parser.parse_args()
+
+
+def run() -> None:
+    """Run from the command line."""
+    request = parse_arguments()
+    try:
+        folder = find_folder(request.run)
+        if request.diff:
+            code = compare(*(find_checkpoint(folder, wish) for wish in request.diff))
+        elif request.export:
+            code = export(find_checkpoint(folder, request.export[0]), Path(request.export[1]))
+        else:
+            code = list_checkpoints(folder, request.verify)
+    except UsageError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        code = EXIT_USAGE
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()
