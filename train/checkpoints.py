@@ -1,6 +1,6 @@
 """List, verify, compare and export the checkpoints of a run: python train/checkpoints.py RUN [--verify].
 
-Exit codes: 0 done, or equal; 1 different; 2 bad usage or input; 3 a checkpoint is damaged.
+Exit codes: 0 done or equal; 1 different; 2 bad usage or input; 3 a checkpoint is damaged.
 """
 
 from __future__ import annotations
@@ -68,27 +68,34 @@ def list_checkpoints(folder: Path, verify: bool) -> int:
     """Print a line for each checkpoint and return the exit code."""
     from train.engine import checkpoint
 
-    rows: list[tuple[int, Path, Checkpoint | None, str]] = []
+    rows = []
     for step in checkpoint.list_steps(folder):
         path = folder / checkpoint.step_name(step)
+        found, state = None, "valid"
         try:
-            rows.append((step, path, checkpoint.open_checkpoint(path, thorough=verify), "valid"))
+            found = checkpoint.open_checkpoint(path, thorough=verify)
         except checkpoint.DamagedCheckpointError as error:
-            if path.exists():  # a run that is under way may have pruned it just now
-                rows.append((step, path, None, f"damaged: {str(error).removeprefix(f'{path}: ')}"))
-    valid = [found for _, _, found, _ in rows if found is not None]
+            state = f"damaged: {str(error).removeprefix(f'{path}: ')}"
+        with contextlib.suppress(FileNotFoundError):  # a run that is under way may have pruned it just now
+            rows.append((step, *_date_and_size(path), found, state))
+    valid = [found for *_, found, _ in rows if found is not None]
     best = valid[-1].record["progress"]["best_step"] if valid else None
     metric = valid[-1].record["config"]["best_metric"] if valid else "score"
     print(f"{'step':>9}  {'date':<19}  {'size':>10}  {metric:>14}  {'':<4}  state")
-    for step, path, found, state in rows:
+    for step, date, size, found, state in rows:
         score = None if found is None else _score(found.record, metric)
         shown = "-" if score is None else f"{score:.5g}"
-        mark = "best" if step == best else ""
-        size = f"{_bytes(path) / 2**20:,.1f} MB"
-        print(f"{step:>9}  {_date(path):<19}  {size:>10}  {shown:>14}  {mark:<4}  {state}")
+        print(f"{step:>9}  {date:<19}  {size:>10}  {shown:>14}  {'best' if step == best else '':<4}  {state}")
     damaged = len(rows) - len(valid)
     print(f"{len(valid)} valid, {damaged} damaged" + ("" if verify else " (sizes only; --verify reads every byte)"))
     return EXIT_DAMAGED if damaged else EXIT_DONE
+
+
+def _date_and_size(path: Path) -> tuple[str, str]:
+    parts = [path, *(path.iterdir() if path.is_dir() else [])]
+    written = max(part.lstat().st_mtime for part in parts)
+    size = sum(part.lstat().st_size for part in parts[1:])
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(written)), f"{size / 2**20:,.1f} MB"
 
 
 def _score(record: dict[str, Any], metric: str) -> float | None:
@@ -97,37 +104,20 @@ def _score(record: dict[str, Any], metric: str) -> float | None:
     return progress["metrics"].get(metric) if progress["metrics_step"] == progress["step"] else None
 
 
-def _bytes(path: Path) -> int:
-    return sum(file.lstat().st_size for file in path.iterdir()) if path.is_dir() else 0
-
-
-def _date(path: Path) -> str:
-    written = path / "manifest.json"
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((written if written.exists() else path).lstat().st_mtime))
-
-
 def compare(one: Checkpoint, other: Checkpoint) -> int:
-    """Print in which tensors two checkpoints differ and return the exit code."""
-    from safetensors import safe_open
-
-    total = differing = 0
-    for file in sorted({*one.files, *other.files}):
-        missing = [str(found.path) for found in (one, other) if file not in found.files]
-        if missing:
-            print(f"{file}: missing in {missing[0]}")
-            total, differing = total + 1, differing + 1
-            continue
-        with safe_open(one.path / file, "pt") as left, safe_open(other.path / file, "pt") as right:
-            here, there = set(left.keys()), set(right.keys())
-            total += len(here | there)
-            for name in sorted(here | there):
-                if name in here and name in there:
-                    difference = compare_tensors(left.get_tensor(name), right.get_tensor(name))
-                else:
-                    difference = f"missing in {other.path if name in here else one.path}"
-                if difference:
-                    differing += 1
-                    print(f"{file} {name}: {difference}")
+    """Print in which tensors two checkpoints differ, sharded or not, and return the exit code."""
+    left, right = one.load(), other.load()
+    here, there = ({(part, name) for part in parts for name in parts[part]} for parts in (left, right))
+    differing = 0
+    for part, name in sorted(here | there):
+        if (part, name) in here & there:
+            difference = compare_tensors(left[part][name], right[part][name])
+        else:
+            difference = f"missing in {other.path if (part, name) in here else one.path}"
+        if difference:
+            differing += 1
+            print(f"{part} {name}: {difference}")
+    total = len(here | there)
     print(f"{differing} of {total} tensors differ" if differing else f"all {total} tensors are equal, bit by bit")
     return EXIT_DIFFERENT if differing else EXIT_DONE
 
@@ -155,17 +145,14 @@ def export(found: Checkpoint, out: Path) -> int:
     Raises:
         UsageError: the file exists, is not called .safetensors, or cannot be written; nothing is left behind.
     """
-    from safetensors.torch import load_file
-
     from train.engine import storage
 
     if out.suffix != ".safetensors":
         raise UsageError(f"--export: {out} must end in .safetensors")
     if out.exists() or out.is_symlink():
         raise UsageError(f"--export: {out} exists already; choose another name")
-    averaged = found.record["config"]["best_metric"].startswith("val/ema_")
-    file = "ema.safetensors" if averaged else "model.safetensors"
-    weights = load_file(found.path / file)
+    part = "ema" if found.record["config"]["best_metric"].startswith("val/ema_") else "model"
+    weights = dict(found.load()[part])
     # Tied weights get all their names, so that load_state_dict of the model takes the file as it is.
     weights |= {alias: weights[name] for alias, name in found.record["aliases"].items()}
     temporary = out.with_name(f".tmp-{out.name}")
@@ -179,12 +166,12 @@ def export(found: Checkpoint, out: Path) -> int:
             storage.remove_tree(temporary)
         raise UsageError(f"--export: cannot write {out} ({error.strerror})") from error
     size = out.stat().st_size / 2**20
-    print(f"{out}: {len(weights)} tensors, {size:,.1f} MB, from {file} of step {found.step}")
+    print(f"{out}: {len(weights)} tensors, {size:,.1f} MB, from {part} of step {found.step}")
     return EXIT_DONE
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+def run() -> None:
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="folder of the run; its checkpoints are listed")
     action = parser.add_mutually_exclusive_group()
@@ -193,12 +180,7 @@ def parse_arguments() -> argparse.Namespace:
     action.add_argument("--diff", nargs=2, metavar=("A", "B"), help=text)
     text = "copy the weights of a checkpoint (a step, best, latest or a path) to one new file"
     action.add_argument("--export", nargs=2, metavar=("WHICH", "OUT.safetensors"), help=text)
-    return parser.parse_args()
-
-
-def run() -> None:
-    """Run from the command line."""
-    request = parse_arguments()
+    request = parser.parse_args()
     try:
         folder = find_folder(request.run)
         if request.diff:
@@ -207,8 +189,8 @@ def run() -> None:
             code = export(find_checkpoint(folder, request.export[0]), Path(request.export[1]))
         else:
             code = list_checkpoints(folder, request.verify)
-    except UsageError as error:
-        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+    except ValueError as error:  # a UsageError, or shards that do not fit together
+        print(f"error: {error}", file=sys.stderr)
         code = EXIT_USAGE
     sys.exit(code)
 

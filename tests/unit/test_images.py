@@ -111,6 +111,7 @@ def test_parquet_folder_gives_its_splits_pixels_and_labels(folder):
     expected = torch.tensor(np.stack([pixels(number, 3) for number in range(4)])).permute(0, 3, 1, 2)
     assert torch.equal(test["inputs"], expected)
     assert any("no validation split: 2 of 20" in note for note in data.notes)
+    assert data.fingerprint == load(folder / "train.parquet").fingerprint  # the test split has no part in training
 
 
 def test_validation_is_cut_from_training_without_loss(file):
@@ -262,6 +263,8 @@ def test_decoding_on_demand_gives_exactly_the_same(folder, tree, size):
 
 def test_normalisation_is_that_of_the_training_part(file):
     data = load(file)
+    assert data.normalization.scale == 1 / 255
+    assert data.normalization.mean == pytest.approx((data.train.inputs / 255).mean((0, 2, 3)).tolist(), rel=1e-4)
     prepared = data.prepare(everything(data.train), CPU)["inputs"].double().transpose(0, 1).flatten(1)
     assert prepared.mean(1).tolist() == pytest.approx([0.0] * 3, abs=1e-5)
     assert prepared.std(1, correction=0).tolist() == pytest.approx([1.0] * 3, abs=1e-5)

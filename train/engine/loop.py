@@ -21,12 +21,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from train.engine.checkpoint import CheckpointWriter
-from train.engine.errors import TrainingError
+from train.engine.averaging import averaged_weights, update_average
 from train.engine.evaluation import Measure, Slot, add_up
+from train.engine.guard import Guard
 from train.engine.preemption import Preemption, Request
 from train.engine.randomness import derive_seed, seed_torch
-from train.engine.reduction import ExactReduction
+from train.engine.reduction import ExactReduction, share_buffers
 from train.engine.runtime import Runtime
 from train.engine.schedule import build_schedule
 from train.engine.session import Session, environment
@@ -34,10 +34,7 @@ from train.engine.settings import TrainSettings, parse_every
 from train.engine.sharded import describe_whole, own_pieces, shard_file
 from train.engine.state import RunState, Tensors, capture, full, named_tensors
 from train.engine.tracking import Tracker
-
-MOST_SKIPPED_IN_A_ROW = 10
-# With fp16 the loss scale starts at 65,536 and may halve many times before the first finite step.
-MOST_SKIPPED_IN_A_ROW_FP16 = 40
+from train.engine.writer import CheckpointWriter
 
 
 class GlobalBatch(Protocol):
@@ -105,7 +102,8 @@ class Loop:
         if settings.reduction == "exact":
             self.reduction = ExactReduction(self.parameters, self.runtime.rank, self.runtime.num_processes)
         self.on_cpu = self.runtime.device.type == "cpu"
-        self.norms: list[tuple[int, torch.Tensor]] = []  # gradient norms of steps, not yet looked at
+        self.live = named_tensors(self.state.model)[0]
+        self.guard = Guard(skip=settings.on_nonfinite == "skip", fp16=self.state.scaler is not None)
         self.last_save = self.window_start = time.perf_counter()
         self.window_samples = 0
         self.metric_names: list[str] = []
@@ -162,7 +160,8 @@ class Loop:
         assert sums is not None
         if self.reduction is not None:
             self.reduction.finish()
-        self._share_buffers(kept_buffers)
+        if self.session.batching.slots > 1:
+            share_buffers(self.buffers, kept_buffers, self.runtime.num_processes)
         self._apply(sums)
         progress.step += 1
         progress.sample += batch.size
@@ -221,70 +220,16 @@ class Loop:
         if state.window is None:
             state.window = torch.zeros_like(part)
         state.window += torch.where(finite, part, torch.zeros_like(part))
-        self.norms.append((state.progress.step, norm))
+        step = state.progress.step + 1
         if state.ema is not None:
-            self._update_ema(state.ema)
+            update_average(state.ema, self.live, settings.ema_decay, step)
+        self.guard.watch(step, optimizer.param_groups[0]["lr"], norm)
         if self.on_cpu:
             self._look_at_norms()
 
-    def _share_buffers(self, kept: list[torch.Tensor] | None) -> None:
-        """Give all processes the buffers (batch norm's averages, say) as slot 0 left them.
-
-        So they do not depend on how slots are spread over processes and passes.
-        """
-        if not self.buffers or self.session.batching.slots == 1:
-            return
-        if kept is not None:
-            torch._foreach_copy_(self.buffers, kept)
-        if self.runtime.num_processes > 1:
-            for dtype in {buffer.dtype for buffer in self.buffers}:
-                same = [buffer for buffer in self.buffers if buffer.dtype == dtype]
-                flat = torch.cat([buffer.reshape(-1) for buffer in same])
-                dist.broadcast(flat, src=0)
-                for buffer, part in zip(same, flat.split([buffer.numel() for buffer in same])):
-                    buffer.copy_(part.view_as(buffer))
-
-    def _update_ema(self, ema: dict[str, torch.Tensor]) -> None:
-        # The average starts fast, so that it forgets the initial weights in short runs too.
-        done = self.state.progress.step + 1
-        decay = min(self.settings.ema_decay, (1 + done) / (10 + done))
-        with torch.no_grad():
-            for name, value in named_tensors(self.state.model)[0].items():
-                if value.is_floating_point():
-                    ema[name].lerp_(value, 1 - decay)
-                else:
-                    ema[name].copy_(value)
-
     def _look_at_norms(self) -> None:
-        """Count steps that were not applied; on a GPU several at once, because looking waits for the device.
-
-        Raises:
-            TrainingError: such a step may not be skipped, or there were too many in a row.
-        """
-        progress, settings = self.state.progress, self.settings
-        most = MOST_SKIPPED_IN_A_ROW if self.state.scaler is None else MOST_SKIPPED_IN_A_ROW_FP16
-        norms, self.norms = self.norms, []
-        for step, norm in norms:
-            if math.isfinite(norm.item()):
-                progress.skipped_in_a_row = 0
-                continue
-            progress.skipped_steps += 1
-            progress.skipped_in_a_row += 1
-            rate = self.state.optimizer.param_groups[0]["lr"]
-            text = (
-                f"step {step + 1}: the loss or a gradient is NaN or infinite (learning rate {rate:.3g}); the step was "
-                "not applied"
-            )
-            forgiving = settings.on_nonfinite == "skip" or self.state.scaler is not None
-            if not forgiving or progress.skipped_in_a_row >= most:
-                raise TrainingError(
-                    f"{text}. {progress.skipped_in_a_row} in a row. Usual causes, in this order: the learning rate is "
-                    "too high; the input holds NaN or is not normalised; log or division by zero in the loss; fp16 "
-                    "overflow. Weights and checkpoints are intact. Go on from the latest checkpoint with a lower "
-                    "--learning_rate (and --allow_changes learning_rate), or with --on_nonfinite skip"
-                )
-            if self.state.scaler is None:
-                self.runtime.say(text)
+        for line in self.guard.look(self.state.progress):
+            self.runtime.say(line)
 
     def _warm_up_buckets(self, batch: GlobalBatch) -> None:
         """Run two passes whose gradients are dropped.
@@ -363,7 +308,7 @@ class Loop:
         state, settings, progress = self.state, self.settings, self.state.progress
         values = {f"val/{name}": value for name, value in self.evaluate(state.model).items()}
         if state.ema is not None:
-            with averaged_weights(state):
+            with averaged_weights(state, self.live):
                 values |= {f"val/ema_{name}": value for name, value in self.evaluate(state.model).items()}
         score = values[settings.best_metric]
         sign = 1.0 if settings.best_mode == "min" else -1.0
@@ -443,23 +388,3 @@ class Loop:
             dynamic_ncols=True,
             disable=None if self.runtime.is_main else True,  # None: off where there is no terminal
         )
-
-
-class averaged_weights:  # noqa: N801
-    """Put the averaged weights into the model while it is entered."""
-
-    def __init__(self, state: RunState) -> None:
-        assert state.ema is not None
-        self.live = named_tensors(state.model)[0]
-        self.ema = state.ema
-
-    def __enter__(self) -> None:
-        with torch.no_grad():
-            self.kept = {name: value.detach().clone() for name, value in self.live.items()}
-            for name, value in self.live.items():
-                value.copy_(self.ema[name])
-
-    def __exit__(self, *_: object) -> None:
-        with torch.no_grad():
-            for name, value in self.live.items():
-                value.copy_(self.kept[name])

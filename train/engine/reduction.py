@@ -1,4 +1,4 @@
-"""Gradient sums with the same bits on 1, 2, 4, 8, ... processes.
+"""What must not depend on how slots are spread over processes: buffers, and with --reduction exact the gradients.
 
 Float addition commutes but does not associate, so the bits of a sum depend on its tree. Here the tree is fixed by the
 number of slots: a balanced binary one over the slots in their order. A process adds up the subtree of its own slots;
@@ -68,3 +68,23 @@ class ExactReduction:
 
     def _split(self, flat: torch.Tensor) -> list[torch.Tensor]:
         return list(flat.split([parameter.numel() for parameter in self._parameters]))
+
+
+def share_buffers(buffers: list[torch.Tensor], of_slot_0: list[torch.Tensor] | None, num_processes: int) -> None:
+    """Give all processes the buffers (batch norm's averages, say) as slot 0 left them.
+
+    Args:
+        buffers: of the model, as the last slot left them.
+        of_slot_0: copies from right after slot 0; on rank 0 only.
+        num_processes: of the run; all of them must call this.
+    """
+    if of_slot_0:
+        torch._foreach_copy_(buffers, of_slot_0)
+    if num_processes == 1:
+        return
+    for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
+        same = [buffer for buffer in buffers if buffer.dtype == dtype]
+        flat = torch.cat([buffer.reshape(-1) for buffer in same])
+        dist.broadcast(flat, src=0)
+        for buffer, part in zip(same, flat.split([buffer.numel() for buffer in same])):
+            buffer.copy_(part.view_as(buffer))
