@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help and refused flags ans
     from torch import nn
 
     from data_modules.splits import DataModule, Slot, Split
-    from train.engine.evaluation import Measure
+    from train.engine.contract import Measure
 
 METRICS = ("loss", "accuracy")
 EVALUATION_BATCH = 512  # samples of one process; changes no result beyond the order of sums

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
+from train.engine.contract import Measure, Slot
 from train.engine.runtime import Runtime
-
-Batch = dict[str, torch.Tensor]
-# What a script says of a batch: per-sample values of shape [B] by metric name; "loss" is what training lowers.
-Measure = Callable[[nn.Module, Batch], dict[str, torch.Tensor]]
-
-
-class Slot(Protocol):
-    """Part of a batch; the first `count` rows are real samples, the others fillers."""
-
-    @property
-    def number(self) -> int: ...
-
-    @property
-    def count(self) -> int: ...
-
-    @property
-    def batch(self) -> Any: ...
 
 
 @torch.no_grad()

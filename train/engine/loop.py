@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
@@ -22,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from train.engine.averaging import averaged_weights, update_average
-from train.engine.evaluation import Measure, Slot, add_up
+from train.engine.contract import GlobalBatch, Loader, Measure, Slot
+from train.engine.evaluation import add_up
 from train.engine.guard import Guard
 from train.engine.preemption import Preemption, Request
 from train.engine.randomness import derive_seed, seed_torch
@@ -35,28 +36,6 @@ from train.engine.sharded import describe_whole, own_pieces, shard_file
 from train.engine.state import RunState, Tensors, capture, full, named_tensors
 from train.engine.tracking import Tracker
 from train.engine.writer import CheckpointWriter
-
-
-class GlobalBatch(Protocol):
-    """This process's slots of one global batch of `size` samples."""
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def slots(self) -> list[Any]: ...
-
-
-class Loader(Protocol):
-    """Batches of the training split, in an order that depends on the epoch only."""
-
-    @property
-    def num_samples(self) -> int: ...
-
-    @property
-    def batch_size(self) -> int: ...
-
-    def batches(self, epoch: int, start: int) -> Iterator[Any]: ...
 
 
 @dataclass
@@ -106,6 +85,7 @@ class Loop:
         self.guard = Guard(skip=settings.on_nonfinite == "skip", fp16=self.state.scaler is not None)
         self.last_save = self.window_start = time.perf_counter()
         self.window_samples = 0
+        self.blocked_seconds = 0.0  # how long training stood still for the latest save
         self.metric_names: list[str] = []
 
     # ---- the story ---------------------------------------------------------------------------------------------------
@@ -121,15 +101,17 @@ class Loop:
         stopped_early = progress.early_stopping.exhausted(self.settings.early_stopping_patience)
         progress.finished = progress.step >= self.total_steps or stopped_early
         self.state.model.train()
-        warm = not (isinstance(self.state.model, DistributedDataParallel) and self.runtime.num_processes > 2)
+        first = True
         with Preemption(self.runtime.control) as preemption, self._progress_bar() as bar:
             request = Request.NOTHING
             while not progress.finished and request is not Request.STOP:
                 for batch in self.loader.batches(progress.epoch, progress.sample):
-                    if not warm:
+                    if first:
                         self._warm_up_buckets(batch)
-                        warm = True
                     self._step(batch)
+                    if first:
+                        self._reserve_memory()
+                        first = False
                     request = preemption.agree()
                     self._between_steps(request, preemption, bar)
                     if progress.finished or request is Request.STOP:
@@ -237,6 +219,8 @@ class Loop:
         DistributedDataParallel regroups its buckets after the first pass, which changes the order of sums on three
         or more processes (torch 2.13). Afterwards the first step after a restart is as any other.
         """
+        if self.runtime.num_processes < 3 or not isinstance(self.state.model, DistributedDataParallel):
+            return
         kept = [buffer.clone() for buffer in self.buffers]
         for _ in range(2):
             seed_torch(0, self.runtime.device)
@@ -299,6 +283,9 @@ class Loop:
             "perf/samples_per_second": self.window_samples / max(now - self.window_start, 1e-9),
             "perf/memory_mb": psutil.Process().memory_info().rss / 2**20,
         }
+        if self.writer is not None and self.writer.seconds > 0:
+            values["perf/checkpoint_seconds"] = self.writer.seconds
+            values["perf/checkpoint_blocked_seconds"] = self.blocked_seconds
         if self.runtime.device.type == "cuda":
             values["perf/device_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
         return values
@@ -340,27 +327,39 @@ class Loop:
     def _save(self) -> None:
         """Save the state at this step."""
         self._look_at_norms()
-        self.last_save = time.perf_counter()
+        start = self.last_save = time.perf_counter()
         run = self.session.run
         if run is None:
             return
         self.state.progress.metrics_bytes = self.tracker.position
         live, record = capture(self.state, self.runtime)
-        files: dict[str, Tensors]
+        files = self._files(live)
+        if self.sharded:
+            record["whole"] = {part: describe_whole(tensors) for part, tensors in live.items() if part != "rng"}
+        if self.writer is not None:
+            self.writer.save(files, self.record | record, also_flush=[run.metrics])
+        self.blocked_seconds = time.perf_counter() - start
+
+    def _reserve_memory(self) -> None:
+        """Get memory for checkpoints, now that the first step has made the optimizer's state."""
+        if self.session.run is not None:
+            files = self._files(capture(self.state, self.runtime)[0])
+            if self.writer is not None:
+                self.writer.reserve(files)
+
+    def _files(self, live: dict[str, Tensors]) -> dict[str, Tensors]:
+        """Return what this process writes of the live tensors, by file."""
         if self.sharded:
             rank, num_processes = self.runtime.rank, self.runtime.num_processes
-            files = {
+            files: dict[str, Tensors] = {
                 shard_file(part, rank, num_processes): own_pieces(tensors, rank, num_processes)
                 for part, tensors in live.items()
                 if part != "rng"
             }
             if rank == 0:
                 files["rng"] = live["rng"]
-            record["whole"] = {part: describe_whole(tensors) for part, tensors in live.items() if part != "rng"}
-        else:
-            files = {part: {name: full(tensor) for name, tensor in tensors.items()} for part, tensors in live.items()}
-        if self.writer is not None:
-            self.writer.save(files, self.record | record, also_flush=[run.metrics])
+            return files
+        return {part: {name: full(tensor) for name, tensor in tensors.items()} for part, tensors in live.items()}
 
     def _wait_for_writer(self) -> None:
         if self.writer is not None:

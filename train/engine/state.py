@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +21,10 @@ from train.engine.schedule import EarlyStopping, Plateau
 
 Tensors = dict[str, torch.Tensor]
 Parts = Mapping[str, Mapping[str, torch.Tensor]]  # the files of a checkpoint
+Value = TypeVar("Value")
+
+# Numbers that torch.optim keeps on the CPU unless the optimizer is fused or capturable (torch 2.13).
+_COUNTERS = ("step", "mu_product")
 
 
 @dataclass
@@ -51,13 +55,18 @@ def progress_from_json(values: dict[str, Any]) -> Progress:
     Raises:
         ValueError: a name is unknown or missing: the checkpoint is of another version.
     """
-    names = {entry.name for entry in fields(Progress)}
-    if values.keys() != names:
-        raise ValueError(f"progress holds {sorted(values.keys() ^ names)} too much or too little")
     values = dict(values)
-    values["early_stopping"] = EarlyStopping(**values["early_stopping"])
-    values["plateau"] = Plateau(**values["plateau"])
-    return Progress(**values)
+    for name, kind in (("early_stopping", EarlyStopping), ("plateau", Plateau)):
+        if name in values:
+            values[name] = _rebuild(kind, values[name])
+    return _rebuild(Progress, values)
+
+
+def _rebuild(kind: type[Value], values: dict[str, Any]) -> Value:
+    names = {entry.name for entry in fields(kind)}  # type: ignore[arg-type]
+    if values.keys() != names:
+        raise ValueError(f"{kind.__name__} holds {sorted(values.keys() ^ names)} too much or too little")
+    return kind(**values)
 
 
 @dataclass
@@ -133,11 +142,11 @@ def _like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
-    """Return the clean name of each parameter by its id; tied parameters have the first of their names."""
-    names: dict[int, str] = {}
-    for name, parameter in unwrap(model).named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), clean_name(name))
-    return names
+    """Return the clean name of each parameter by its id; tied parameters have the first of their names.
+
+    Taken from the state dict: it alone makes FSDP2 put the shards back in place of what a forward pass left whole.
+    """
+    return {id(value): name for name, value in named_tensors(model)[0].items()}
 
 
 def capture_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[Tensors, dict[str, Any]]:
@@ -192,7 +201,7 @@ def restore_optimizer(
         parameter, group = by_name[name]
         on_device = bool(group.get("capturable") or group.get("fused"))
         optimizer.state[parameter] = {
-            key: _unpack(value, tensors, parameter, on_device) for key, value in values.items()
+            key: _unpack(value, tensors, parameter, on_device or key not in _COUNTERS) for key, value in values.items()
         }
 
 
@@ -217,7 +226,7 @@ def _unpack(value: Any, tensors: Mapping[str, torch.Tensor], parameter: torch.Te
     if kind == "tensor":
         tensor = tensors[content]
         if parameter is None or (tensor.ndim == 0 and not on_device):
-            return tensor.clone()  # Adam's step, say, lives on the CPU unless the optimizer is fused or capturable
+            return tensor.clone()
         if tensor.shape != parameter.shape:
             return tensor.to(parameter.device, copy=True)
         # As the parameter lies in memory (channels_last, say): fused kernels walk both in that order.

@@ -34,12 +34,30 @@ class CheckpointWriter:
         self.folder = folder
         self.keep = keep
         self._shards = shards
-        self.seconds = 0.0  # whole duration of the latest save
-        self.blocked_seconds = 0.0  # how long training stood still for it
+        self.seconds = 0.0  # from the start of the latest save until it could be resumed from
         self._buffers: dict[tuple[str, str], torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._announced = False
+
+    def reserve(self, files: dict[str, Tensors]) -> None:
+        """Make host memory ready in the background, for the first save to be as short as the later ones.
+
+        Fresh memory is handed out by the kernel page by page as it is written to, several times slower than a copy.
+        """
+        shapes = {
+            (file, name): (tensor.shape, tensor.dtype, tensor.device.type)
+            for file, tensors in files.items()
+            for name, tensor in tensors.items()
+        }
+
+        def touch() -> None:
+            for key, (shape, dtype, device) in shapes.items():
+                self._buffers[key] = _host_buffer(shape, dtype, device).zero_()
+
+        self.wait()
+        self._thread = threading.Thread(target=touch, name="checkpoint-memory", daemon=True)
+        self._thread.start()
 
     def save(self, files: dict[str, Tensors], record: dict[str, Any], also_flush: list[Path]) -> None:
         """Copy the state and return; a thread writes it.
@@ -60,7 +78,6 @@ class CheckpointWriter:
         }
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()  # the copies from the device are asynchronous
-        self.blocked_seconds = time.perf_counter() - start
         # Turned into text here: the caller's values change as training goes on.
         text = json.dumps(record, indent=1)
         self._thread = threading.Thread(
@@ -102,9 +119,7 @@ class CheckpointWriter:
     def _copy(self, file: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
         buffer = self._buffers.get((file, name))
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            pinned = tensor.device.type == "cuda"
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-            self._buffers[file, name] = buffer
+            buffer = self._buffers[file, name] = _host_buffer(tensor.shape, tensor.dtype, tensor.device.type)
         return buffer.copy_(tensor.detach(), non_blocking=True)
 
     def _write(
@@ -120,10 +135,11 @@ class CheckpointWriter:
                 storage.commit_directory(
                     self.folder / checkpoint.step_name(step), lambda path: self._fill(path, files, text, step)
                 )
-                self._prune(progress["best_step"])
             else:
                 self._write_together(None, files)
             self.seconds = time.perf_counter() - start
+            if leads:
+                self._prune(progress["best_step"])
         except Exception as error:  # handed to the training thread, which raises it
             self._error = error
             if leads and self._shards is not None and not self._announced:
@@ -132,10 +148,10 @@ class CheckpointWriter:
     def _fill(self, path: Path, files: dict[str, Tensors], text: str, step: int) -> None:
         """Write all files of a checkpoint into its temporary directory; with shards, together with the others."""
         entries = _write_tensors(path, files) if self._shards is None else self._write_together(path, files)
-        entries["state.json"] = storage.write_durably(path / "state.json", [text.encode()])
+        entries["state.json"] = storage.write_file(path / "state.json", [text.encode()])
         content = {"format": checkpoint.FORMAT, "step": step, "files": entries}
         manifest = json.dumps({**content, "digest": checkpoint.digest(content)}, indent=1)
-        storage.write_durably(path / "manifest.json", [manifest.encode()])
+        storage.write_file(path / "manifest.json", [manifest.encode()])
 
     def _write_together(self, path: Path | None, files: dict[str, Tensors]) -> dict[str, Any]:
         """Write this process's files into the directory that rank 0 names; return the entries of all files.
@@ -151,6 +167,8 @@ class CheckpointWriter:
         mine: dict[str, Any] | OSError
         try:
             mine = _write_tensors(box[0], files)
+            for name in mine:
+                storage.sync(box[0] / name)  # rank 0 may be on another machine and cannot do it
         except OSError as error:
             mine = error
         everyone: list[Any] = [None] * dist.get_world_size(self._shards)
@@ -166,8 +184,13 @@ class CheckpointWriter:
                 storage.remove_directory(self.folder / checkpoint.step_name(step))
 
 
+def _host_buffer(shape: torch.Size, dtype: torch.dtype, device_type: str) -> torch.Tensor:
+    # From pinned memory a GPU copies by itself.
+    return torch.empty(shape, dtype=dtype, pin_memory=device_type == "cuda")
+
+
 def _write_tensors(path: Path, files: dict[str, Tensors]) -> dict[str, Any]:
     return {
-        f"{name}.safetensors": storage.write_durably(path / f"{name}.safetensors", storage.tensor_chunks(tensors))
+        f"{name}.safetensors": storage.write_file(path / f"{name}.safetensors", storage.tensor_chunks(tensors))
         for name, tensors in files.items()
     }
