@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -46,16 +48,14 @@ def find_checkpoint(folder: Path, wish: str) -> Checkpoint:
     from train.engine import checkpoint
 
     if wish in ("best", "latest"):
-        find = checkpoint.find_best if wish == "best" else checkpoint.find_newest
-        found, damages = find(folder)
+        found, damages = checkpoint.find_best(folder) if wish == "best" else checkpoint.find_newest(folder)
         for damage in damages if found else []:
             print(f"skipped a checkpoint: {damage}", file=sys.stderr)
         if found is None:
             raise UsageError(damages or f"{folder}: holds no checkpoints")
         return found
-    is_step = wish.isascii() and wish.isdecimal() and len(wish) < 19
-    path = folder / checkpoint.step_name(int(wish)) if is_step else Path(wish)
-    if not path.is_dir():
+    path = folder / checkpoint.step_name(int(wish)) if re.fullmatch("[0-9]{1,18}", wish) else Path(wish)
+    if not os.path.isdir(path):  # unlike Path.is_dir it takes any text
         steps = ", ".join(map(str, checkpoint.list_steps(folder))) or "none"
         raise UsageError(f"{wish}: neither best, latest, a step of the run ({steps}) nor the folder of a checkpoint")
     try:
@@ -165,8 +165,8 @@ def export(found: Checkpoint, out: Path) -> int:
         with contextlib.suppress(OSError):
             storage.remove_tree(temporary)
         raise UsageError(f"--export: cannot write {out} ({error.strerror})") from error
-    size = out.stat().st_size / 2**20
-    print(f"{out}: {len(weights)} tensors, {size:,.1f} MB, from {part} of step {found.step}")
+    size = f"{out.stat().st_size / 2**20:,.1f} MB"
+    print(f"{out}: {len(weights)} tensors, {size}, from {part} of step {found.step}")
     return EXIT_DONE
 
 
@@ -176,9 +176,9 @@ def run() -> None:
     parser.add_argument("run", metavar="RUN", help="folder of the run; its checkpoints are listed")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--verify", action="store_true", help="read every byte; a plain list looks at sizes only")
-    text = "compare two checkpoints tensor by tensor, bit by bit; each a step, best, latest or a path"
+    text = "compare two checkpoints (a step, best, latest or a path) tensor by tensor, bit by bit"
     action.add_argument("--diff", nargs=2, metavar=("A", "B"), help=text)
-    text = "copy the weights of a checkpoint (a step, best, latest or a path) to one new file"
+    text = "copy the weights of a checkpoint to one new file"
     action.add_argument("--export", nargs=2, metavar=("WHICH", "OUT.safetensors"), help=text)
     request = parser.parse_args()
     try:

@@ -8,12 +8,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from data_modules.errors import DataError
 from train.engine.cli import run_script
 from train.engine.errors import EXIT_DONE, EXIT_STOPPED, UsageError
 from train.engine.settings import TrainSettings, check_best_metric
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and refused flags answer without it
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     import torch
     from torch import nn
@@ -50,6 +51,13 @@ class ClassifySettings(TrainSettings):
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes, in training only."""
 
+    def conditions(self) -> Iterator[tuple[bool, str, str]]:
+        """Yield, for each rule, whether it holds, the setting, and what it must be."""
+        yield from super().conditions()
+        yield 0 <= self.label_smoothing < 1, "label_smoothing", "0 or more and below 1"
+        yield 0 < self.validation_fraction < 1, "validation_fraction", "above 0 and below 1"
+        yield self.image_size is None or self.image_size >= 1, "image_size", "1 or more"
+
 
 def load_data(settings: ClassifySettings) -> DataModule:
     """Load the data set that the settings name.
@@ -58,7 +66,6 @@ def load_data(settings: ClassifySettings) -> DataModule:
         UsageError: the data cannot be used; says what, where and what to do.
     """
     from data_modules import embedded, images
-    from data_modules.errors import DataError
 
     try:
         if settings.dataset == "digits":
@@ -92,7 +99,7 @@ def build_model(name: str, data: DataModule) -> nn.Module:
     try:
         return kind(data.input_shape, len(data.class_names))
     except ValueError as error:
-        raise UsageError(f"--model {name}: {error}") from error
+        raise UsageError(f"--model: {error}") from error
 
 
 def build_measure(label_smoothing: float) -> Measure:
@@ -170,7 +177,7 @@ def main(settings: ClassifySettings) -> int:
 
 def run() -> None:
     """Run from the command line."""
-    run_script(main, ClassifySettings, __doc__ or "")
+    run_script(main, ClassifySettings, __doc__ or "", bad_input=DataError)
 
 
 if __name__ == "__main__":

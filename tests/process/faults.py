@@ -1,5 +1,6 @@
 """Things that happen to a rank: kills at an exact step, signals, broken disks. Each takes the rank first."""
 
+import errno
 import os
 import signal
 
@@ -58,7 +59,7 @@ def use_fsdp2(rank, *layers):
     """Make Accelerate shard the model with FSDP2, which it declines to do on CPUs (accelerate 1.15): test code only.
 
     It is told to between the start of the processes and `prepare`; what follows is what it does on GPUs. Modules of
-    the classes `layers` become units of their own.
+    the classes `layers` become units of their own, with activations that are computed again in the backward pass.
     """
     from accelerate import DistributedType, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, PartialState
@@ -70,7 +71,10 @@ def use_fsdp2(rank, *layers):
     def start_runtime(settings):
         started = start(settings)
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=list(layers)
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=list(layers),
+            activation_checkpointing=bool(layers),
         )
         if (precision := started.accelerator.mixed_precision) != "no":
             plugin.set_mixed_precision(precision)
@@ -81,8 +85,39 @@ def use_fsdp2(rank, *layers):
 
     def prepare_state(settings, runtime, *arguments):
         state = prepare(settings, runtime, *arguments)
+        names = [name for name, _ in state.model.named_modules()]
         kinds = {type(parameter).__name__ for parameter in state.model.parameters()}
-        runtime.say(f"the parameters are {kinds}")
+        recomputed = sum(name.endswith("_checkpoint_wrapped_module") for name in names)
+        runtime.say(f"parameters: {', '.join(kinds)}; modules computed again: {recomputed}")
         return state
 
     runtime.start_runtime, session.prepare_state = start_runtime, prepare_state
+
+
+def compile_nothing(rank):
+    """Let `--compile` wrap the model and run its graphs as they are; compiling them takes minutes on a CPU."""
+    import functools
+
+    import torch
+
+    torch.compile = functools.partial(torch.compile, backend="eager")
+
+
+def fill_disk(rank, writes):
+    """Let the disk be full after so many writes of the engine, in the middle of the next one."""
+    from train.engine import storage
+
+    class FullDisk:
+        count = 0
+
+        def __getattr__(self, name):
+            return getattr(os, name)
+
+        def write(self, descriptor, content):
+            self.count += 1
+            if self.count <= writes:
+                return os.write(descriptor, content)
+            os.write(descriptor, content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    storage.os = FullDisk()

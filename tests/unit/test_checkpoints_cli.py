@@ -41,6 +41,7 @@ def command(capsys, monkeypatch):
 
 
 def save_state(run, step, files, **record):
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     writer = CheckpointWriter(run / "checkpoints", 100)
     writer.save(files, make_record(step) | record, [])
     writer.wait()
@@ -303,11 +304,10 @@ def test_nothing_is_overwritten(run, command, tmp_path):
 def test_failed_export_leaves_nothing(run, command, tmp_path, monkeypatch):
     from train.engine import storage
 
-    def fail(path):
+    def fail(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage, "checksum", storage.checksum)
-    monkeypatch.setattr(storage.os, "fsync", lambda descriptor: fail(descriptor))
+    monkeypatch.setattr(storage.os, "fsync", fail)
     out = tmp_path / "weights.safetensors"
     assert "No space left on device" in refused(command, run, "--export", "best", out)
     assert os.listdir(tmp_path) == ["run"]

@@ -149,13 +149,41 @@ def test_recipe_that_cannot_be_read_is_refused_with_its_name(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "named"),
-    [("learning_rate: fast", "--learning_rate"), ("seed: null", "--seed"), ("lr_scheduler: cosin", "--lr_scheduler")],
+    [("learning_rate: fast", "--learning_rate"), ("lr_scheduler: cosin", "--lr_scheduler")],
 )
 def test_malformed_recipe_value_names_key_and_file(recipe, capsys, text, named):
     path = recipe(text)
     printed = refused(capsys, "--config", path)
     assert named in printed
     assert path.name in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: null", "seed has no value"),
+        ("allow_changes: null", "allow_changes has no value"),
+        ("seed: 1\nseed: 2", "'seed' stands there twice"),
+    ],
+)
+def test_recipe_without_a_value_or_with_two_is_refused(recipe, text, message):
+    (problem,) = problems_of("--config", recipe(text))
+    assert message in problem
+
+
+def test_no_in_a_recipe_is_a_word_where_the_setting_is_one(recipe):
+    settings = parse("--config", recipe("mixed_precision: no\nrun_name: -x"), "--run_name", "x")
+    assert settings.mixed_precision == "no"
+
+
+def test_seconds_are_no_interval():
+    with pytest.raises(ValueError, match="no interval"):
+        parse_every("10 s")
+
+
+def test_consent_to_a_setting_that_does_not_exist_is_refused():
+    (problem,) = problems_of("--allow_changes", "nonsense")
+    assert "there is no nonsense" in problem
 
 
 def test_unknown_flag_is_refused_with_the_nearest(capsys):
@@ -245,7 +273,7 @@ def test_settings_written_as_a_recipe_are_read_back_the_same(recipe):
         max_train_steps=10,
         best_mode="min",
         validation_split="val",
-        seed=2**62,
+        seed=2**32 - 1,
     )
     for settings in (ClassifySettings(), changed):
         path = recipe(settings_to_yaml(settings))

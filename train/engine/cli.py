@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ def parse_settings(kind: type[Settings], arguments: Sequence[str], description: 
         SystemExit: with code 2 for an unknown flag or a malformed value, 0 for --help.
     """
     recipe = _recipe_path(arguments)
-    default = _read_recipe(kind, recipe) if recipe else kind()
+    default = kind() if recipe is None else _read_recipe(kind, recipe)
     settings = tyro.cli(kind, args=list(arguments), default=default, description=description, use_underscores=True)
     problems = check_settings(settings)
     if problems:
@@ -48,32 +49,43 @@ def _recipe_path(arguments: Sequence[str]) -> str | None:
 
 def _read_recipe(kind: type[Settings], path: str) -> Settings:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        values, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config {path}: must hold lines of the form 'name: value'")
-    names = [field.name for field in dataclasses.fields(kind)]
-    problems = []
-    for key in values:
-        if key not in names:
-            close = difflib.get_close_matches(str(key), names, n=1)
+    assert isinstance(node, yaml.MappingNode)
+    types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    keys = [key.value for key, _ in node.value]
+    problems = [f"{path}: {key!r} stands there twice" for key in sorted({key for key in keys if keys.count(key) > 1})]
+    for key, value in values.items():
+        if key not in types:
+            close = difflib.get_close_matches(str(key), types, n=1)
             problems.append(f"{path}: unknown key {key!r}" + (f"; perhaps you meant {close[0]!r}" if close else ""))
+        elif value is None and "None" not in types[key]:
+            problems.append(f"{path}: {key} has no value; give one or remove the line")
     if problems:
         raise UsageError(problems)
     # The values pass through the parser of the flags: YAML 1.1 reads 1e-3 as text, and there is one set of rules.
-    flags = [flag for key, value in values.items() for flag in _as_flags(key, value)]
-    return tyro.cli(kind, args=flags, prog=f"recipe {path}", use_underscores=True)
+    flags = [flag for key, value in values.items() for flag in _as_flags(key, value, types[key])]
+    try:
+        return tyro.cli(kind, args=flags, prog=Path(sys.argv[0]).name, use_underscores=True)
+    except SystemExit:
+        print(f"error: --config {path}: the value above is in this file", file=sys.stderr)
+        raise
 
 
-def _as_flags(key: str, value: Any) -> list[str]:
+def _as_flags(key: str, value: Any, kind: str) -> list[str]:
     if isinstance(value, bool):
-        return [f"--{key}" if value else f"--no-{key}"]
+        if kind == "bool":
+            return [f"--{key}" if value else f"--no-{key}"]
+        value = "yes" if value else "no"  # YAML 1.1 reads no as False, and there are settings that can be "no"
     if isinstance(value, list):
         return [f"--{key}", *map(str, value)]
-    return [f"--{key}", str(value)]
+    return [f"--{key}={value}"]
 
 
 def settings_to_yaml(settings: RunSettings) -> str:
@@ -81,15 +93,18 @@ def settings_to_yaml(settings: RunSettings) -> str:
     values = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in dataclasses.asdict(settings).items()
-        if key != "config" and value != ()
+        if key != "config"
     }
     return yaml.safe_dump(values, sort_keys=False)
 
 
-def run_script(main: Callable[[Settings], int], kind: type[Settings], description: str) -> None:
+def run_script(
+    main: Callable[[Settings], int], kind: type[Settings], description: str, bad_input: type[Exception] = UsageError
+) -> None:
     """Parse the command line, run `main`, and leave with its exit code.
 
-    A UsageError becomes one message and exit code 2, a TrainingError one message and exit code 1.
+    A UsageError, or the script's own `bad_input`, becomes one message and exit code 2; a TrainingError one message and
+    exit code 1.
     """
     try:
         settings = parse_settings(kind, sys.argv[1:], description)
@@ -97,12 +112,18 @@ def run_script(main: Callable[[Settings], int], kind: type[Settings], descriptio
     except UsageError as error:
         code = EXIT_USAGE
         _print_error("\n".join(f"error: {problem}" for problem in error.problems))
+    except bad_input as error:
+        code = EXIT_USAGE
+        _print_error(f"error: {error}")
     except TrainingError as error:
         code = EXIT_ERROR
         _print_error(f"error: {error}")
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
         _print_error("interrupted: nothing was saved at this point; checkpoints already there are intact")
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        code = EXIT_ERROR
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception:
         code = EXIT_ERROR
         traceback.print_exc()
@@ -110,7 +131,5 @@ def run_script(main: Callable[[Settings], int], kind: type[Settings], descriptio
 
 
 def _print_error(text: str) -> None:
-    from train.engine.runtime import is_main_process
-
-    if is_main_process():  # the others found the same
+    if int(os.environ.get("RANK", "0")) == 0:  # the others found the same
         print(text, file=sys.stderr, flush=True)

@@ -20,11 +20,6 @@ from train.engine.settings import RunSettings
 Value = TypeVar("Value")
 
 
-def is_main_process() -> bool:
-    """Say whether this is rank 0, also before the processes have met."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 @dataclass
 class Runtime:
     """What every part of a run needs to know of the machine."""

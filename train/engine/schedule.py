@@ -61,8 +61,8 @@ class Plateau:
     bad_evaluations: int = 0
 
     def update(self, value: float, factor: float, patience: int) -> None:
-        """Take the value of one evaluation, lower being better; it must be at least 0."""
-        if self.best is None or value < self.best * (1.0 - 1e-4):
+        """Take the value of one evaluation, lower being better; it must be at least 0. NaN is no improvement."""
+        if not math.isnan(value) and (self.best is None or value < self.best * (1.0 - 1e-4)):
             self.best, self.bad_evaluations = value, 0
         else:
             self.bad_evaluations += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from train.engine.errors import UsageError
@@ -58,6 +58,18 @@ class RunSettings:
         "output_dir", "run_name", "config", "resume", "allow_changes", "tracker", "wandb_project", "log_every",
         "checkpoint_every", "checkpoint_format", "keep_checkpoints", "dry_run", "verify_resume",
     })  # fmt: skip
+
+    def conditions(self) -> Iterator[tuple[bool, str, str]]:
+        """Yield, for each rule, whether it holds, the setting, and what it must be."""
+        yield self.log_every >= 1, "log_every", "1 or more"
+        yield self.keep_checkpoints >= 1, "keep_checkpoints", "1 or more"
+        yield 0 <= self.seed < 2**32, "seed", "between 0 and 2**32 - 1"  # torch's CPU generator takes 32 bits
+        name = self.run_name
+        plain = name is None or re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", name) is not None
+        yield plain, "run_name", "a plain folder name of letters, digits and _ . + = -"
+        known = {field.name for field in fields(self)} | {"data", "precision"}
+        unknown = [name for name in self.allow_changes if name not in known]
+        yield not unknown, "allow_changes", f"names of settings, data or precision; there is no {' '.join(unknown)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +132,19 @@ class TrainSettings(RunSettings):
         ["num_train_epochs", "max_train_steps", "micro_batch_size", "slots", "num_workers"]
     )
 
+    def conditions(self) -> Iterator[tuple[bool, str, str]]:
+        """Yield, for each rule, whether it holds, the setting, and what it must be."""
+        yield from super().conditions()
+        for name in ("num_train_epochs", "batch_size", "lr_step_size", "max_train_steps", "micro_batch_size", "slots"):
+            value = getattr(self, name)
+            yield value is None or value >= 1, name, "1 or more"
+        counts = ("warmup_steps", "lr_patience", "early_stopping_patience", "num_workers")
+        for name in (*counts, "weight_decay", "max_grad_norm", "early_stopping_min_delta"):
+            yield 0 <= getattr(self, name) < float("inf"), name, "0 or more and finite"
+        yield 0 < self.learning_rate < float("inf"), "learning_rate", "above 0 and finite"
+        yield 0 < self.lr_gamma <= 1, "lr_gamma", "above 0 and at most 1"
+        yield 0 <= self.ema_decay < 1, "ema_decay", "0 or more and below 1"
+
 
 @dataclass(frozen=True)
 class Every:
@@ -135,7 +160,10 @@ class Every:
         return int(self.count) * (steps_per_epoch if self.unit == "epochs" else 1)
 
 
-_UNITS = {"": "steps", "step": "steps", "epoch": "epochs", "ep": "epochs", "min": "minutes", "minute": "minutes"}
+_UNITS = {
+    "": "steps", "step": "steps", "steps": "steps", "ep": "epochs", "epoch": "epochs", "epochs": "epochs",
+    "min": "minutes", "minute": "minutes", "minutes": "minutes",
+}  # fmt: skip
 
 
 def parse_every(text: str, *, minutes: bool = True) -> Every:
@@ -144,7 +172,7 @@ def parse_every(text: str, *, minutes: bool = True) -> Every:
     Raises:
         ValueError: for anything else, with what is accepted.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*?)s?\s*", text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text)
     unit = _UNITS.get(match[2]) if match else None
     count = float(match[1]) if match else 0.0
     whole = unit == "minutes" or count.is_integer()
@@ -158,7 +186,7 @@ def check_settings(settings: RunSettings) -> list[str]:
     """Return all problems with the settings that can be seen without data, model or processes."""
     problems = [
         f"--{name} {getattr(settings, name)}: must be {wanted}"
-        for sound, name, wanted in _conditions(settings)
+        for sound, name, wanted in settings.conditions()
         if not sound
     ]
     for name in ("checkpoint_every", "eval_every"):
@@ -184,23 +212,3 @@ def check_best_metric(settings: TrainSettings, metrics: Sequence[str]) -> None:
         known += [f"val/ema_{name}" for name in metrics]
     if settings.best_metric not in known:
         raise UsageError(f"--best_metric {settings.best_metric}: evaluation gives {', '.join(known)}")
-
-
-def _conditions(settings: RunSettings) -> Iterator[tuple[bool, str, str]]:
-    yield settings.log_every >= 1, "log_every", "1 or more"
-    yield settings.keep_checkpoints >= 1, "keep_checkpoints", "1 or more"
-    yield 0 <= settings.seed < 2**63, "seed", "between 0 and 2**63 - 1"
-    name = settings.run_name
-    plain = name is None or re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", name) is not None
-    yield plain, "run_name", "a plain folder name of letters, digits and _ . + = -"
-    if not isinstance(settings, TrainSettings):
-        return
-    for name in ("num_train_epochs", "batch_size", "lr_step_size", "max_train_steps", "micro_batch_size", "slots"):
-        value = getattr(settings, name)
-        yield value is None or value >= 1, name, "1 or more"
-    counts = ("warmup_steps", "lr_patience", "early_stopping_patience", "num_workers")
-    for name in (*counts, "weight_decay", "max_grad_norm", "early_stopping_min_delta"):
-        yield 0 <= getattr(settings, name) < float("inf"), name, "0 or more and finite"
-    yield 0 < settings.learning_rate < float("inf"), "learning_rate", "above 0 and finite"
-    yield 0 < settings.lr_gamma <= 1, "lr_gamma", "above 0 and at most 1"
-    yield 0 <= settings.ema_decay < 1, "ema_decay", "0 or more and below 1"
