@@ -1,5 +1,7 @@
 """A run that was killed and started again is the run that was not, to the last bit."""
 
+import json
+
 import pytest
 
 # Dropout, shuffling, a schedule, an average of the weights; 8 steps an epoch, the last of them with a short batch.
@@ -54,6 +56,20 @@ def test_killed_with_other_settings(classify, processes, extra):
     finished = classify.run("killed", *settings, processes=processes)
     assert "from step 8" in finished.output or "from step 6" in finished.output
     classify.assert_same("straight", "killed", 10)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_with_a_loss_scaler(classify, processes):
+    """The scale overflows now and then; what it is at the kill must be what it is after the restart."""
+    settings = [*SETTINGS, "--max_train_steps", 10]
+    scaler = ("use_loss_scaler",)
+    classify.run("straight", *settings, processes=processes, faults=[scaler])
+    classify.start("killed", *settings, processes=processes, faults=[scaler, ("die_after", 9)]).wait()
+    classify.run("killed", *settings, processes=processes, faults=[scaler])
+    classify.assert_same("straight", "killed", 10)
+    states = [json.loads(classify.file(name, 10, "state.json")) for name in ("straight", "killed")]
+    assert states[0]["scaler"] == states[1]["scaler"]
+    assert states[0]["progress"]["skipped_steps"] == states[1]["progress"]["skipped_steps"] > 0
 
 
 def test_another_seed_gives_other_weights(classify):
