@@ -124,7 +124,7 @@ def fill_disk(rank, writes):
 
 
 def use_loss_scaler(rank):
-    """Scale losses as with fp16 on a GPU; the scale grows every third step until gradients overflow."""
+    """Scale losses as with fp16 on a GPU; the scale grows every third step."""
     import torch
 
     import train.engine.runtime
@@ -133,7 +133,7 @@ def use_loss_scaler(rank):
 
     def start_runtime(settings):
         runtime = inner(settings)
-        runtime.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=3)
+        runtime.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
         return runtime
 
     train.engine.runtime.start_runtime = start_runtime

@@ -1,5 +1,6 @@
-"""A run that saves all the time is killed at random instants, or loses its disk, and ends as if nothing had happened."""
+"""A run that saves all the time is killed at random instants or loses its disk, and ends as if nothing had happened."""
 
+import contextlib
 import os
 import random
 import subprocess
@@ -31,7 +32,7 @@ SETTINGS = [
 @pytest.mark.slow
 def test_killed_at_random_instants(classify):
     steps, kills = 120, 25
-    settings = [*SETTINGS, "--max_train_steps", steps]
+    settings = [*SETTINGS, "--max_train_steps", steps, "--num_train_epochs", steps]
     classify.run("straight", *settings)
     folder = classify.folder / "killed" / "checkpoints"
     resumed = 0
@@ -79,6 +80,13 @@ def test_disk_that_fills_up_while_training(classify, processes):
     assert not [name for name in os.listdir(folder) if not name.startswith("step_")]
 
 
+def fill(path):
+    """Write until the disk is full."""
+    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
 def test_disk_that_is_really_full(classify):
     settings = [*SETTINGS, "--max_train_steps", 16]
@@ -91,18 +99,13 @@ def test_disk_that_is_really_full(classify):
     try:
         ranks = classify.start("full", *settings)
         ranks.wait_for("parameters")
-        (run / "filler").write_bytes(bytes(4_500_000))
-        filler = open(run / "filler", "ab", buffering=0)
-        with pytest.raises(OSError, match="No space left"):
-            while filler.write(bytes(4096)):
-                pass
+        fill(run / "filler")
         finished = ranks.wait()
         assert finished.code == 1, finished.output
         assert "Traceback" not in finished.output, finished.output
         assert finished.output.count("error: ") == 1 and "No space left on device" in finished.output
         found, damages = find_newest(run / "checkpoints")
         assert damages == []
-        filler.close()
         (run / "filler").unlink()
         again = classify.run("full", *settings)
         assert found is None or f"from step {found.step} " in again.output

@@ -60,12 +60,12 @@ def test_killed_with_other_settings(classify, processes, extra):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_with_a_loss_scaler(classify, processes):
-    """The scale overflows now and then; what it is at the kill must be what it is after the restart."""
+    """The scale grows, and halves at an overflow; what it is at the kill must be what it is after the restart."""
     settings = [*SETTINGS, "--max_train_steps", 10]
-    scaler = ("use_loss_scaler",)
-    classify.run("straight", *settings, processes=processes, faults=[scaler])
-    classify.start("killed", *settings, processes=processes, faults=[scaler, ("die_after", 9)]).wait()
-    classify.run("killed", *settings, processes=processes, faults=[scaler])
+    scaler = [("use_loss_scaler",), ("poison_loss", 3, "inf", 1)]
+    classify.run("straight", *settings, processes=processes, faults=scaler)
+    classify.start("killed", *settings, processes=processes, faults=[*scaler, ("die_after", 9)]).wait()
+    classify.run("killed", *settings, processes=processes, faults=scaler)
     classify.assert_same("straight", "killed", 10)
     states = [json.loads(classify.file(name, 10, "state.json")) for name in ("straight", "killed")]
     assert states[0]["scaler"] == states[1]["scaler"]

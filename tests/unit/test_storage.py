@@ -326,6 +326,27 @@ def _wait(writer, disk):
     return None
 
 
+@pytest.mark.parametrize("victim", [1, 2, 5])
+def test_flush_that_fails_while_the_file_is_written(tmp_path, monkeypatch, victim):
+    """It happens in another thread, and may be the only time that the system reports the loss."""
+    save(tmp_path, 1)
+    count = 0
+
+    def fdatasync(descriptor):
+        nonlocal count
+        count += 1
+        if count == victim:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(storage, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    with pytest.raises(TrainingError, match="Input/output error"):
+        save(tmp_path, 2, elements=100_000)
+    assert count >= victim
+    assert list_steps(tmp_path) == [1] and holds(find_newest(tmp_path)[0], 1)
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=errno.errorcode.get)
 def test_each_call_of_a_replacement_fails_in_turn(tmp_path, monkeypatch, code):
     path = tmp_path / "run.json"

@@ -19,7 +19,7 @@ from train.engine.state import Tensors
 class CheckpointWriter:
     """Writes checkpoints on rank 0 in the background; training stands still for the copy to host memory only.
 
-    At most one is in flight. An error of the writing thread is raised by the next call.
+    At most one is in flight. An error of the writing thread is raised by `check` or `wait`, once.
     """
 
     def __init__(self, folder: Path, keep: int, shards: dist.ProcessGroup | None = None) -> None:
@@ -60,18 +60,19 @@ class CheckpointWriter:
         self._thread.start()
 
     def save(self, files: dict[str, Tensors], record: dict[str, Any], also_flush: list[Path]) -> None:
-        """Copy the state and return; a thread writes it.
+        """Copy the state and return; a thread writes it. If the one before failed, nothing is written.
+
+        Raising here would end rank 0 alone, in the midst of a step of the others; `check` and `wait` raise.
 
         Args:
             files: full tensors of each file, on any device.
             record: plain values for state.json, among them record["progress"].
             also_flush: files that must be on the disk before the checkpoint exists.
-
-        Raises:
-            TrainingError: the checkpoint before could not be written.
         """
         start = time.perf_counter()
-        self.wait()
+        self._join()
+        if self.failed:
+            return
         snapshot = {
             file: {name: self._copy(file, name, tensor) for name, tensor in tensors.items()}
             for file, tensors in files.items()
@@ -91,10 +92,13 @@ class CheckpointWriter:
         Raises:
             TrainingError: it could not be written; the ones before are intact.
         """
+        self._join()
+        self.check()
+
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.check()
 
     @property
     def failed(self) -> bool:
