@@ -23,7 +23,7 @@ train: install
 	@echo "  Stop any of them with Ctrl-C, or kill -9: the same command goes on where it was."
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

@@ -159,11 +159,12 @@ def main(settings: ClassifySettings) -> int:
 
     test = None if data.test is None else score(data.test)
     tracker = sessions.start_tracking(settings, runtime, session)
+    precision = {"no": "fp32"}.get(runtime.accelerator.mixed_precision, runtime.accelerator.mixed_precision)
     runtime.say(
         f"{settings.dataset}: {len(data.train):,} training samples of shape {data.input_shape}, "
         f"{len(data.class_names)} classes\n"
         f"{settings.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {runtime.device}, "
-        f"{runtime.accelerator.mixed_precision} precision, {batching}"
+        f"{precision}, {batching}"
     )
     loop = Loop(settings, runtime, session, state, loader, measure, score(data.validation), tracker, data.describe())
     request = loop.train()

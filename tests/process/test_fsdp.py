@@ -108,3 +108,10 @@ def test_all_wrappers_write_the_same_file(classify, optimizer):
                 other = classify.file(name, step, file)
                 assert layout(other) == layout(plain)
                 assert largest_difference(other, plain) < 1e-6
+
+
+def test_exact_reduction_is_refused(classify):
+    finished = classify.start("run", *SETTINGS, "--reduction", "exact", "--max_train_steps", 1, **FSDP2).wait()
+    assert finished.code == 2, finished.output
+    assert "--reduction exact" in finished.output and "FSDP" in finished.output
+    assert "Traceback" not in finished.output

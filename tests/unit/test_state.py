@@ -38,6 +38,9 @@ from train.engine.state import (
 
 CPU = torch.device("cpu")
 
+# Said by torch 2.13 of itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+
 
 # ---- what the tests share --------------------------------------------------------------------------------------------
 
@@ -323,7 +326,7 @@ def test_every_optimizer_is_covered_and_keeps_what_it_should():
 
 def test_settings_keep_their_types():
     model = build(Layers)
-    optimizer = torch.optim.Adam(model.parameters(), torch.tensor(0.25), (0.8, 0.99), foreach=False)
+    optimizer = torch.optim.Adam(model.parameters(), torch.tensor(0.25), (0.8, 0.99))
     optimizer.param_groups[0] |= {"note": "text", "nothing": None, "pairs": [(1, 2.5), True], "deep": {"a": (1,)}}
     other = build(Layers, seed=1)
     restored = torch.optim.Adam(other.parameters())
@@ -334,6 +337,21 @@ def test_settings_keep_their_types():
     optimizer.param_groups[0]["note"] = object()
     with pytest.raises(ValueError, match=r"note.*object"):
         capture_optimizer(optimizer, model)
+
+
+def test_kernels_are_the_choice_of_this_run():
+    """FSDP2 lacks some of them, and a run may come from there or go there."""
+    model, other = build(Layers), build(Layers, seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)
+    train(model, optimizer, 0, 2)
+    restored = torch.optim.SGD(other.parameters(), 0.5, foreach=True)
+    copy_run(model, optimizer, other, restored)
+    group = restored.param_groups[0]
+    assert (group["fused"], group["foreach"], group["lr"], group["momentum"]) == (None, True, 0.1, 0.9)
+    train(model, optimizer, 2, 3)
+    train(other, restored, 2, 3)
+    for one, same in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(one, same, rtol=0, atol=1e-6)
 
 
 class MasterWeights(torch.optim.Optimizer):

@@ -133,6 +133,15 @@ def _umask():
     return value
 
 
+def test_system_that_takes_a_little_at_a_time(tmp_path, monkeypatch):
+    """As it may for any write: over a network, or interrupted by a signal."""
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, content: real(descriptor, content[:7]))
+    content = random.Random(0).randbytes(1000)
+    entry = storage.write_durably(tmp_path / "file", [content[:500], content[500:]])
+    assert (tmp_path / "file").read_bytes() == content and storage.checksum(tmp_path / "file") == entry
+
+
 def test_existing_file_or_link_is_not_written_over(tmp_path):
     (tmp_path / "file").write_text("kept")
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
@@ -326,8 +335,8 @@ def _wait(writer, disk):
     return None
 
 
-@pytest.mark.parametrize("victim", [1, 2, 5])
-def test_flush_that_fails_while_the_file_is_written(tmp_path, monkeypatch, victim):
+@pytest.mark.parametrize(("victim", "flush_bytes"), [(1, 1), (2, 1), (5, 1), (1, 3000)])
+def test_flush_that_fails_while_the_file_is_written(tmp_path, monkeypatch, victim, flush_bytes):
     """It happens in another thread, and may be the only time that the system reports the loss."""
     save(tmp_path, 1)
     count = 0
@@ -339,10 +348,10 @@ def test_flush_that_fails_while_the_file_is_written(tmp_path, monkeypatch, victi
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(storage, "CHUNK_BYTES", 100)
-    monkeypatch.setattr(storage, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(storage, "FLUSH_BYTES", flush_bytes)
     monkeypatch.setattr(os, "fdatasync", fdatasync)
     with pytest.raises(TrainingError, match="Input/output error"):
-        save(tmp_path, 2, elements=100_000)
+        save(tmp_path, 2, elements=20_000 if flush_bytes == 1 else 1_000)  # 1,000: one flush for each file
     assert count >= victim
     assert list_steps(tmp_path) == [1] and holds(find_newest(tmp_path)[0], 1)
 

@@ -25,6 +25,8 @@ Value = TypeVar("Value")
 
 # Numbers that torch.optim keeps on the CPU unless the optimizer is fused or capturable (torch 2.13).
 _COUNTERS = ("step", "mu_product")
+# Settings that say how a step is computed, not which; FSDP2, say, does not have all of them.
+_KERNELS = ("foreach", "fused", "capturable", "differentiable")
 
 
 @dataclass
@@ -178,7 +180,7 @@ def restore_optimizer(
 ) -> None:
     """Put an optimizer into the captured state. Values keep their dtype, which load_state_dict would cast.
 
-    Settings of its groups that are named in `changed` stay as they are.
+    Settings of its groups that are named in `changed` stay as they are, and so does the choice of kernels.
 
     Raises:
         ValueError: the checkpoint is of another kind of optimizer or other parameters; nothing was changed.
@@ -195,7 +197,7 @@ def restore_optimizer(
         for parameter in group["params"]:
             by_name[names[id(parameter)]] = (parameter, group)
         settings = {key: _unpack(value, tensors, None, False) for key, value in saved["settings"].items()}
-        group.update({key: value for key, value in settings.items() if key not in changed})
+        group.update({key: value for key, value in settings.items() if key not in (*changed, *_KERNELS)})
     optimizer.state.clear()
     for name, values in record["states"].items():
         parameter, group = by_name[name]
