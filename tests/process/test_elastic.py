@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load
 
 SETTINGS = [
@@ -64,6 +66,22 @@ def test_exact_reduction_gives_the_same_bits_on_any_number_of_processes(classify
     moving("moving", settings)
     weights.add(classify.file("moving", 12))
     assert len(weights) == 1
+
+
+def test_batch_norm_does_not_depend_on_the_processes(classify):
+    """Its averages are buffers, which DistributedDataParallel would take from whoever comes first."""
+    data = classify.folder / "images"
+    noise = np.random.default_rng(0)
+    for number in range(60):
+        folder = data / "train" / f"class{number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise.integers(0, 256, (28, 28), dtype=np.uint8)).save(folder / f"{number}.png")
+    settings = ["--dataset", data, "--model", "fast_cnn", "--batch_size", 24, "--slots", 4, "--max_train_steps", 5]
+    for processes in (1, 2, 4):
+        classify.run(f"on{processes}", *settings, "--reduction", "exact", processes=processes)
+    files = [classify.file(f"on{processes}", 5) for processes in (1, 2, 4)]
+    assert files[0] == files[1] == files[2]
+    assert abs(load(files[0])["features.2.running_mean"]).max() > 0
 
 
 def test_three_processes_are_exact_too(classify):

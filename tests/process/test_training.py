@@ -108,3 +108,17 @@ def test_golden_losses(classify):
     classify.run("run", "--model", "mnist_cnn", "--max_train_steps", 20, "--log_every", 1)
     losses = [line["train/loss"] for line in classify.metrics("run") if "train/loss" in line]
     assert losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-4)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_checkpoints_by_the_minute(classify, processes):
+    settings = ["--num_train_epochs", 20, "--eval_every", "20 epochs", "--keep_checkpoints", 99]
+    classify.run("run", *settings, "--checkpoint_every", "0.005 minutes", processes=processes)
+    assert len(classify.steps("run")) > 1
+
+
+def test_time_of_saving_is_a_metric(classify):
+    classify.run("run", "--max_train_steps", 6, "--checkpoint_every", 2, "--log_every", 2)
+    lines = [json.loads(line) for line in (classify.folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    last = next(line for line in lines if line["step"] == 6)
+    assert 0 < last["perf/checkpoint_blocked_seconds"] <= last["perf/checkpoint_seconds"]

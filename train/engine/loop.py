@@ -131,19 +131,23 @@ class Loop:
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         sums: torch.Tensor | None = None
-        kept_buffers: list[torch.Tensor] | None = None
+        of_slot_0: list[torch.Tensor] | None = None
+        shared = bool(self.buffers) and self.session.batching.slots > 1
+        before = [buffer.clone() for buffer in self.buffers] if shared else []
         for position, slot in enumerate(batch.slots):
+            if shared and position > 0:  # every slot sees the buffers of the step's start, as on any other process
+                torch._foreach_copy_(self.buffers, before)
             seed_torch(derive_seed(self.settings.seed, progress.step, slot.number), device)
             values = self._forward_backward(slot, batch.size, last=position == len(batch.slots) - 1)
             part = add_up(values, slot.count)
             sums = part if sums is None else sums + part
-            if slot.number == 0 and self.session.batching.slots > 1:
-                kept_buffers = [buffer.clone() for buffer in self.buffers]
+            if shared and slot.number == 0:
+                of_slot_0 = [buffer.clone() for buffer in self.buffers]
         assert sums is not None
         if self.reduction is not None:
             self.reduction.finish()
-        if self.session.batching.slots > 1:
-            share_buffers(self.buffers, kept_buffers, self.runtime.num_processes)
+        if shared:
+            share_buffers(self.buffers, of_slot_0, self.runtime.num_processes)
         self._apply(sums)
         progress.step += 1
         progress.sample += batch.size
