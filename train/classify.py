@@ -107,7 +107,8 @@ def build_measure(label_smoothing: float) -> Measure:
     from torch.nn import functional as F
 
     def measure(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        logits, labels = model(batch["inputs"]), batch["labels"]
+        # FSDP2's mixed precision hands out bf16 or fp16; losses and sums of that have two digits.
+        logits, labels = model(batch["inputs"]).float(), batch["labels"]
         smoothing = label_smoothing if model.training else 0.0
         return {
             "loss": F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from train.engine.state import RunState, Tensors
+from train.engine.state import RunState, Tensors, assign
 
 
 @torch.no_grad()
@@ -30,10 +30,8 @@ def averaged_weights(state: RunState, live: Tensors) -> Iterator[None]:
     assert state.ema is not None
     with torch.no_grad():
         kept = {name: value.detach().clone() for name, value in live.items()}
-        for name, value in live.items():
-            value.copy_(state.ema[name])
+        assign(state.model, live, state.ema)
         try:
             yield
         finally:
-            for name, value in live.items():
-                value.copy_(kept[name])
+            assign(state.model, live, kept)

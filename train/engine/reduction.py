@@ -8,6 +8,7 @@ then processes exchange subtrees by recursive doubling, and each of them compute
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ class ExactReduction:
 
     def __init__(self, parameters: Sequence[torch.Tensor], rank: int, num_processes: int) -> None:
         self._parameters = parameters
+        self._dtype = reduce(torch.promote_types, [parameter.dtype for parameter in parameters])
         self._rank = rank
         self._num_processes = num_processes
         self._tree: list[tuple[int, torch.Tensor]] = []  # (level, sum) of finished subtrees, left to right
@@ -62,9 +64,8 @@ class ExactReduction:
     def _buffer(self) -> torch.Tensor:
         if self._spare:
             return self._spare.pop()
-        first = self._parameters[0]
         size = sum(parameter.numel() for parameter in self._parameters)
-        return torch.empty(size, dtype=first.dtype, device=first.device)
+        return torch.empty(size, dtype=self._dtype, device=self._parameters[0].device)
 
     def _split(self, flat: torch.Tensor) -> list[torch.Tensor]:
         return list(flat.split([parameter.numel() for parameter in self._parameters]))

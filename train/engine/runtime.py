@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
 from train.engine.errors import TrainingError, UsageError
 from train.engine.randomness import seed_all, use_deterministic_algorithms
@@ -128,6 +128,10 @@ def start_runtime(settings: RunSettings) -> Runtime:
         raise UsageError(f"mixed precision fp16 is not to be had on {accelerator.device.type}: choose bf16 or no")
     if settings.mixed_precision not in (None, precision):
         raise UsageError(f"--mixed_precision {settings.mixed_precision}: Accelerate would use {precision!r}")
+    kind = accelerator.distributed_type
+    other_wrappers = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if kind in other_wrappers or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
+        raise UsageError(f"the launcher chose {kind.value}: use plain processes, or FSDP with fsdp_version: 2")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UsageError(

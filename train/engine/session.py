@@ -120,6 +120,9 @@ def prepare_state(settings: TrainSettings, runtime: Runtime, session: Session, m
     Raises:
         UsageError: the checkpoint does not fit the model.
     """
+    sharded = runtime.accelerator.is_fsdp2
+    if sharded and settings.reduction == "exact":
+        raise UsageError("--reduction exact adds whole gradients, which no process has with FSDP: leave one out")
     if settings.compile:
         model = torch.compile(model)  # type: ignore[assignment]
     with warnings.catch_warnings():
@@ -129,7 +132,11 @@ def prepare_state(settings: TrainSettings, runtime: Runtime, session: Session, m
             model = runtime.accelerator.prepare_model(model, evaluation_mode=True)
             optimizer = runtime.accelerator.prepare(build_optimizer(settings, model))
         else:
-            model, optimizer = runtime.accelerator.prepare(model, build_optimizer(settings, model))
+            optimizer = build_optimizer(settings, model, sharded=sharded)
+            try:
+                model, optimizer = runtime.accelerator.prepare(model, optimizer)
+            except NotImplementedError as error:  # FSDP2 takes no channels_last parameters (torch 2.13)
+                raise UsageError(f"the model cannot be sharded: {error}") from error
     state = RunState(model, optimizer.optimizer, Progress(session.batching.slots), runtime.accelerator.scaler)
     if settings.ema_decay > 0:
         state.ema = {name: value.detach().clone() for name, value in named_tensors(model)[0].items()}

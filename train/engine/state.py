@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -132,9 +133,22 @@ def copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
         target.copy_(_like(value, target))
 
 
+def assign(model: nn.Module, live: Tensors, values: Mapping[str, torch.Tensor]) -> None:
+    """Copy values, whole or sharded, into the live tensors of a model.
+
+    FSDP2 keeps the root's parameters whole after a forward pass without backward (torch 2.13), and would go on with
+    those instead of what the shards become.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    for name, target in live.items():
+        copy_into(target, values[name])
+
+
 def _like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Shard a full tensor as `target` is. Each process holds the full one, so nothing is sent."""
-    if isinstance(target, DTensor) and value.shape == target.shape:
+    if isinstance(target, DTensor) and not isinstance(value, DTensor) and value.shape == target.shape:
         value = value.to(target.device)
         return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
     return value
@@ -322,5 +336,4 @@ def restore_model(model: nn.Module, saved: Mapping[str, torch.Tensor], saved_ali
         problems.append("other tensors are tied")
     if problems:
         raise ValueError("the checkpoint does not fit the model: " + "; ".join(problems[:10]))
-    for name, target in live.items():
-        copy_into(target, saved[name])
+    assign(model, live, saved)
