@@ -19,22 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from train.engine import storage
 from train.engine.averaging import averaged_weights
+from train.engine.optimizer import capture_optimizer, restore_optimizer
 from train.engine.randomness import capture_rng, restore_rng
 from train.engine.reduction import ExactReduction
 from train.engine.runtime import Runtime
 from train.engine.schedule import EarlyStopping, Plateau
-from train.engine.state import (
-    Progress,
-    RunState,
-    capture,
-    capture_optimizer,
-    full,
-    named_tensors,
-    progress_from_json,
-    restore,
-    restore_model,
-    restore_optimizer,
-)
+from train.engine.state import Progress, RunState, capture, progress_from_json, restore, restore_model
+from train.engine.tensors import full, named_tensors
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from train.engine.state import RunState, Tensors, assign
+from train.engine.state import RunState
+from train.engine.tensors import Tensors, assign
 
 
 @torch.no_grad()

@@ -11,12 +11,11 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -29,13 +28,13 @@ from train.engine.preemption import Preemption, Request
 from train.engine.randomness import derive_seed, seed_torch
 from train.engine.reduction import ExactReduction, share_buffers
 from train.engine.runtime import Runtime
+from train.engine.saver import Saver
 from train.engine.schedule import build_schedule
-from train.engine.session import Session, environment
+from train.engine.session import Session
 from train.engine.settings import TrainSettings, parse_every
-from train.engine.sharded import describe_whole, own_pieces, shard_file
-from train.engine.state import RunState, Tensors, capture, full, named_tensors
+from train.engine.state import RunState
+from train.engine.tensors import full, named_tensors
 from train.engine.tracking import Tracker
-from train.engine.writer import CheckpointWriter
 
 
 @dataclass
@@ -54,18 +53,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         settings = self.settings
-        run = self.session.run
-        self.sharded = settings.checkpoint_format == "sharded" and self.runtime.num_processes > 1
-        self.writer = None  # on rank 0 only, unless the checkpoint is sharded
-        if run is not None and (self.runtime.is_main or self.sharded):
-            group = dist.new_group(backend="gloo") if self.sharded else None  # its own: a thread uses it
-            self.writer = CheckpointWriter(run.checkpoints, settings.keep_checkpoints, group)
-        self.record = {  # every checkpoint carries it beside the state
-            "config": asdict(settings),
-            "precision": self.runtime.accelerator.mixed_precision,
-            "data": self.data,
-            "environment": environment(self.runtime),
-        }
+        self.saver = Saver(settings, self.runtime, self.session, self.state, self.tracker, self.data)
         self.steps_per_epoch = -(-self.loader.num_samples // self.loader.batch_size)
         self.total_steps = settings.num_train_epochs * self.steps_per_epoch
         if settings.max_train_steps is not None:
@@ -83,9 +71,8 @@ class Loop:
         self.on_cpu = self.runtime.device.type == "cpu"
         self.live = named_tensors(self.state.model)[0]
         self.guard = Guard(skip=settings.on_nonfinite == "skip", fp16=self.state.scaler is not None)
-        self.last_save = self.window_start = time.perf_counter()
+        self.window_start = time.perf_counter()
         self.window_samples = 0
-        self.blocked_seconds = 0.0  # how long training stood still for the latest save
         self.metric_names: list[str] = []
 
     # ---- the story ---------------------------------------------------------------------------------------------------
@@ -110,14 +97,14 @@ class Loop:
                         self._warm_up_buckets(batch)
                     self._step(batch)
                     if first:
-                        self._reserve_memory()
+                        self.saver.reserve()
                         first = False
                     request = preemption.agree()
                     self._between_steps(request, preemption, bar)
                     if progress.finished or request is Request.STOP:
                         break
             preemption.settle()
-            self.runtime.on_main(self._wait_for_writer)
+            self.runtime.on_main(self.saver.wait)
             if request is Request.STOP:
                 self.runtime.say(f"stopped by {preemption.signal_name or 'another process'} after step {progress.step}")
         return Request.NOTHING if progress.finished else request
@@ -239,7 +226,7 @@ class Loop:
         """Do what is due at this step: log, evaluate, save, in this order."""
         progress, settings = self.state.progress, self.settings
         if request is Request.ABORT:
-            self.runtime.on_main(self._wait_for_writer)
+            self.runtime.on_main(self.saver.wait)
         progress.finished = progress.step >= self.total_steps
         evaluate = progress.finished or self._due(self.eval_every.in_steps(self.steps_per_epoch))
         log = evaluate or progress.step % settings.log_every == 0
@@ -260,10 +247,11 @@ class Loop:
             self._say_evaluation(values, bar)
         stop = request in (Request.STOP, Request.SAVE)
         if stop or improved or progress.finished or self._due(self.checkpoint_every.in_steps(self.steps_per_epoch)):
-            self._save()
+            self._look_at_norms()
+            self.saver.save()
         if log or evaluate:
             self.window_start, self.window_samples = time.perf_counter(), 0
-        self._watch_writer(preemption)
+        self.saver.watch(preemption)
 
     def _due(self, every: int | None) -> bool:
         """Say whether an interval of so many steps ends here. Whole epochs end where the epoch does."""
@@ -287,9 +275,7 @@ class Loop:
             "perf/samples_per_second": self.window_samples / max(now - self.window_start, 1e-9),
             "perf/memory_mb": psutil.Process().memory_info().rss / 2**20,
         }
-        if self.writer is not None and self.writer.seconds > 0:
-            values["perf/checkpoint_seconds"] = self.writer.seconds
-            values["perf/checkpoint_blocked_seconds"] = self.blocked_seconds
+        values |= self.saver.values()
         if self.runtime.device.type == "cuda":
             values["perf/device_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
         return values
@@ -327,61 +313,6 @@ class Loop:
                 f"train/loss {values['train/loss']:.4f}  {'  '.join(shown)}  "
                 f"{values['perf/samples_per_second']:,.0f} samples/s"
             )
-
-    def _save(self) -> None:
-        """Save the state at this step."""
-        self._look_at_norms()
-        start = self.last_save = time.perf_counter()
-        run = self.session.run
-        if run is None:
-            return
-        self.state.progress.metrics_bytes = self.tracker.position
-        live, record = capture(self.state, self.runtime)
-        files = self._files(live)
-        if self.sharded:
-            record["whole"] = {part: describe_whole(tensors) for part, tensors in live.items() if part != "rng"}
-        if self.writer is not None:
-            self.writer.save(files, self.record | record, also_flush=[run.metrics])
-        self.blocked_seconds = time.perf_counter() - start
-
-    def _reserve_memory(self) -> None:
-        """Get memory for checkpoints, now that the first step has made the optimizer's state."""
-        if self.session.run is not None:
-            files = self._files(capture(self.state, self.runtime)[0])
-            if self.writer is not None:
-                self.writer.reserve(files)
-
-    def _files(self, live: dict[str, Tensors]) -> dict[str, Tensors]:
-        """Return what this process writes of the live tensors, by file."""
-        if self.sharded:
-            rank, num_processes = self.runtime.rank, self.runtime.num_processes
-            files: dict[str, Tensors] = {
-                shard_file(part, rank, num_processes): own_pieces(tensors, rank, num_processes)
-                for part, tensors in live.items()
-                if part != "rng"
-            }
-            if rank == 0:
-                files["rng"] = live["rng"]
-            return files
-        return {part: {name: full(tensor) for name, tensor in tensors.items()} for part, tensors in live.items()}
-
-    def _wait_for_writer(self) -> None:
-        if self.writer is not None:
-            self.writer.wait()
-
-    def _watch_writer(self, preemption: Preemption) -> None:
-        """On rank 0: surface errors of the writing thread, and ask for saves by the minute."""
-        if self.writer is None:
-            return
-        if self.writer.failed:
-            if self.runtime.num_processes == 1:
-                self.writer.check()
-            preemption.wish = Request.ABORT  # all processes leave together, at the next step
-            return
-        minutes = (time.perf_counter() - self.last_save) / 60
-        every = self.checkpoint_every
-        if every.unit == "minutes" and minutes > every.count and preemption.wish is Request.NOTHING:
-            preemption.wish = Request.SAVE
 
     def _progress_bar(self) -> Any:
         return tqdm(

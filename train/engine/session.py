@@ -36,7 +36,8 @@ from train.engine.plots import draw_curves
 from train.engine.run_directory import RunDirectory, open_run
 from train.engine.runtime import Runtime
 from train.engine.settings import RunSettings, TrainSettings
-from train.engine.state import Progress, RunState, named_tensors, restore, restore_model
+from train.engine.state import Progress, RunState, restore, restore_model
+from train.engine.tensors import named_tensors
 from train.engine.tracking import Tracker
 
 

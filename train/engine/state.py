@@ -12,22 +12,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
+from train.engine.optimizer import capture_optimizer, restore_optimizer
 from train.engine.randomness import capture_rng, restore_rng
 from train.engine.runtime import Runtime
 from train.engine.schedule import EarlyStopping, Plateau
+from train.engine.tensors import Parts, Tensors, assign, copy_into, named_tensors
 
-Tensors = dict[str, torch.Tensor]
-Parts = Mapping[str, Mapping[str, torch.Tensor]]  # the files of a checkpoint
 Value = TypeVar("Value")
-
-# Numbers that torch.optim keeps on the CPU unless the optimizer is fused or capturable (torch 2.13).
-_COUNTERS = ("step", "mu_product")
-# Settings that say how a step is computed, not which; FSDP2, say, does not have all of them.
-_KERNELS = ("foreach", "fused", "capturable", "differentiable")
 
 
 @dataclass
@@ -82,180 +74,6 @@ class RunState:
     scaler: Any = None  # torch.amp.GradScaler with fp16
     ema: Tensors | None = None  # running average of the weights, by clean name
     window: torch.Tensor | None = None  # sums of the training metrics since the last log line, of this process
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel and torch.compile."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
-def clean_name(name: str) -> str:
-    """Strip what compile and activation checkpointing add to a parameter's name."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
-
-
-def named_tensors(model: nn.Module) -> tuple[Tensors, dict[str, str]]:
-    """Return the live parameters and persistent buffers by clean name, and the names that alias an earlier one.
-
-    Raises:
-        ValueError: the model keeps extra state that is no tensor.
-    """
-    tensors: Tensors = {}
-    aliases: dict[str, str] = {}
-    first_name: dict[int, str] = {}
-    for name, value in unwrap(model).state_dict(keep_vars=True).items():
-        name = clean_name(name)
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"the model keeps {name!r}, which is no tensor; a checkpoint cannot hold it")
-        if id(value) in first_name:
-            aliases[name] = first_name[id(value)]
-        else:
-            first_name[id(value)] = name
-            tensors[name] = value
-    return tensors, aliases
-
-
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor whole; for a sharded one all processes must take part."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy a full CPU tensor into a live one, sharded or not."""
-    with torch.no_grad():
-        target.copy_(_like(value, target))
-
-
-def assign(model: nn.Module, live: Tensors, values: Mapping[str, torch.Tensor]) -> None:
-    """Copy values, whole or sharded, into the live tensors of a model.
-
-    FSDP2 keeps the root's parameters whole after a forward pass without backward (torch 2.13), and would go on with
-    those instead of what the shards become.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    for name, target in live.items():
-        copy_into(target, values[name])
-
-
-def _like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Shard a full tensor as `target` is. Each process holds the full one, so nothing is sent."""
-    if isinstance(target, DTensor) and not isinstance(value, DTensor) and value.shape == target.shape:
-        value = value.to(target.device)
-        return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-    return value
-
-
-# ---- optimizer -------------------------------------------------------------------------------------------------------
-
-
-def parameter_names(model: nn.Module) -> dict[int, str]:
-    """Return the clean name of each parameter by its id; tied parameters have the first of their names.
-
-    Taken from the state dict: it alone makes FSDP2 put the shards back in place of what a forward pass left whole.
-    """
-    return {id(value): name for name, value in named_tensors(model)[0].items()}
-
-
-def capture_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[Tensors, dict[str, Any]]:
-    """Return all tensors of an optimizer, live, and a plain-value description that refers to them.
-
-    torch's own state-dict API is not used: before the first step it changes the optimizer, and it turns tuples into
-    lists (torch 2.13).
-    """
-    names = parameter_names(model)
-    tensors: Tensors = {}
-    groups = []
-    for number, group in enumerate(optimizer.param_groups):
-        settings = {key: value for key, value in group.items() if key != "params"}
-        packed = {key: _pack(value, tensors, f"group/{number}/{key}") for key, value in settings.items()}
-        groups.append({"params": [names[id(parameter)] for parameter in group["params"]], "settings": packed})
-    states = {}
-    for parameter, values in optimizer.state.items():
-        name = names[id(parameter)]
-        states[name] = {key: _pack(value, tensors, f"{name}/{key}") for key, value in values.items()}
-    return tensors, {"kind": type(optimizer).__name__, "groups": groups, "states": states}
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module,
-    tensors: Mapping[str, torch.Tensor],
-    record: dict[str, Any],
-    changed: Sequence[str] = (),
-) -> None:
-    """Put an optimizer into the captured state. Values keep their dtype, which load_state_dict would cast.
-
-    Settings of its groups that are named in `changed` stay as they are, and so does the choice of kernels.
-
-    Raises:
-        ValueError: the checkpoint is of another kind of optimizer or other parameters; nothing was changed.
-    """
-    names = parameter_names(model)
-    kind = type(optimizer).__name__
-    if record["kind"] != kind:
-        raise ValueError(f"the checkpoint holds an optimizer {record['kind']}, this run uses {kind}")
-    here = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-    if here != [group["params"] for group in record["groups"]]:
-        raise ValueError("the optimizer of the checkpoint has other parameters than the one of this run")
-    by_name: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {}
-    for group, saved in zip(optimizer.param_groups, record["groups"]):
-        for parameter in group["params"]:
-            by_name[names[id(parameter)]] = (parameter, group)
-        settings = {key: _unpack(value, tensors, None, False) for key, value in saved["settings"].items()}
-        group.update({key: value for key, value in settings.items() if key not in (*changed, *_KERNELS)})
-    optimizer.state.clear()
-    for name, values in record["states"].items():
-        parameter, group = by_name[name]
-        on_device = bool(group.get("capturable") or group.get("fused"))
-        optimizer.state[parameter] = {
-            key: _unpack(value, tensors, parameter, on_device or key not in _COUNTERS) for key, value in values.items()
-        }
-
-
-def _pack(value: Any, tensors: Tensors, name: str) -> Any:
-    if isinstance(value, torch.Tensor):
-        tensors[name] = value
-        return {"tensor": name}
-    if isinstance(value, (list, tuple)):
-        items = [_pack(item, tensors, f"{name}/{number}") for number, item in enumerate(value)]
-        return {"tuple" if isinstance(value, tuple) else "list": items}
-    if isinstance(value, dict):
-        return {"dict": {key: _pack(item, tensors, f"{name}/{key}") for key, item in value.items()}}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise ValueError(f"the optimizer keeps {name!r} of type {type(value).__name__}; a checkpoint cannot hold it")
-
-
-def _unpack(value: Any, tensors: Mapping[str, torch.Tensor], parameter: torch.Tensor | None, on_device: bool) -> Any:
-    if not isinstance(value, dict):
-        return value
-    kind, content = next(iter(value.items()))
-    if kind == "tensor":
-        tensor = tensors[content]
-        if parameter is None or (tensor.ndim == 0 and not on_device):
-            return tensor.clone()
-        if tensor.shape != parameter.shape:
-            return tensor.to(parameter.device, copy=True)
-        # As the parameter lies in memory (channels_last, say): fused kernels walk both in that order.
-        value = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
-        copy_into(value, tensor)
-        return value
-    if kind == "dict":
-        return {key: _unpack(item, tensors, parameter, on_device) for key, item in content.items()}
-    items = [_unpack(item, tensors, parameter, on_device) for item in content]
-    return tuple(items) if kind == "tuple" else items
-
-
-# ---- the whole -------------------------------------------------------------------------------------------------------
 
 
 def capture(state: RunState, runtime: Runtime) -> tuple[dict[str, Tensors], dict[str, Any]]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from train.engine import checkpoint, storage
 from train.engine.errors import TrainingError
-from train.engine.state import Tensors
+from train.engine.tensors import Tensors
 
 
 class CheckpointWriter:
