@@ -192,6 +192,18 @@ def test_all_are_damaged(folder):
     assert find_best(folder) == (None, damages)
 
 
+def test_sector_that_cannot_be_read(folder, monkeypatch):
+    path, real = folder / step_name(2), storage.checksum
+
+    def checksum(file):
+        if file == path / "optimizer.safetensors":
+            raise OSError(5, "Input/output error")
+        return real(file)
+
+    monkeypatch.setattr(storage, "checksum", checksum)
+    refused(path, "optimizer.safetensors cannot be read ([Errno 5] Input/output error)")
+
+
 def test_whole_checkpoint_under_another_name(folder):
     (folder / step_name(2)).rename(folder / step_name(3))
     refused(folder / step_name(3), "holds step 2, not what its name says")

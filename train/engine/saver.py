@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from train.engine.errors import TrainingError
 from train.engine.preemption import Preemption, Request
 from train.engine.runtime import Runtime
 from train.engine.session import Session, environment
@@ -71,7 +72,9 @@ class Saver:
         files = self._files(live)
         if self._sharded:
             record["whole"] = {part: describe_whole(tensors) for part, tensors in live.items() if part != "rng"}
-        if self._writer is not None:
+        # Lines that could not be written would be missing for ever; the run is about to end with that error.
+        whole = self._tracker.error is None or self._sharded
+        if self._writer is not None and whole:
             self._writer.save(files, self._record | record, also_flush=[self._run.metrics])
         self._blocked_seconds = time.perf_counter() - start
 
@@ -79,22 +82,28 @@ class Saver:
         """Wait until the checkpoint in flight is on the disk.
 
         Raises:
-            TrainingError: it could not be written.
+            TrainingError: it, or a line of metrics, could not be written.
         """
         if self._writer is not None:
             self._writer.wait()
+        if self._tracker.error is not None:
+            assert self._run is not None
+            raise TrainingError(
+                f"cannot write to {self._run.metrics}: {self._tracker.error.strerror}. Checkpoints already there are "
+                "intact. Make room or mend the disk and run the same command again"
+            )
 
     def watch(self, preemption: Preemption) -> None:
-        """Surface an error of the writing thread, and ask for saves by the minute.
+        """Surface an error of the writing thread or of the metrics, and ask for saves by the minute.
 
         Raises:
             TrainingError: a checkpoint could not be written. With several processes they are asked to leave instead.
         """
         if self._writer is None:
             return
-        if self._writer.failed:
+        if self._writer.failed or self._tracker.error is not None:
             if self._runtime.num_processes == 1:
-                self._writer.check()
+                self.wait()
             preemption.wish = Request.ABORT  # all processes leave together, at the next step
             return
         minutes = (time.perf_counter() - self._last_save) / 60

@@ -25,6 +25,8 @@ class Tracker:
             run: the run, or None for a tracker that does nothing.
             keep_bytes: length of metrics.jsonl at the checkpoint.
         """
+        self.error: OSError | None = None  # why a line could not be written; no other is written after it
+        self.position = 0  # length in bytes of the whole lines of metrics.jsonl
         self._file: IO[bytes] | None = None
         self._wandb: _Wandb | None = None
         if run is None:
@@ -34,21 +36,16 @@ class Tracker:
         if sent >= 0:
             run.remember(last_logged_step=sent)
         self._sent = sent
-        self._file = open(path, "ab")  # noqa: SIM115
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         if self._file.tell() < keep_bytes:
             print(f"{path} is shorter than when the checkpoint was made; older lines are missing", file=sys.stderr)
         else:
-            self._file.seek(keep_bytes)
-            self._file.truncate()
+            self._file.truncate(keep_bytes)
+        self.position = self._file.seek(0, os.SEEK_END)
 
     def start_wandb(self, run: RunDirectory, project: str, config: dict[str, Any]) -> None:
         """Send metrics to W&B too, into the run that this directory has had from the start."""
         self._wandb = _Wandb(run, project, config, self._sent)
-
-    @property
-    def position(self) -> int:
-        """Length of metrics.jsonl in bytes."""
-        return 0 if self._file is None else self._file.tell()
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Write one line; call it once for each step at most."""
@@ -68,8 +65,14 @@ class Tracker:
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}).encode() + b"\n")
-        self._file.flush()  # a killed process loses nothing
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **values}).encode() + b"\n"
+        try:
+            rest = line
+            while rest and self.error is None:  # unbuffered: a killed process loses nothing
+                rest = rest[self._file.write(rest) :]
+                self.position += len(line) if not rest else 0
+        except OSError as error:
+            self.error = error
 
     def close(self) -> None:
         """Close all places; W&B gets a bounded time to finish."""
