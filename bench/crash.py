@@ -1,8 +1,8 @@
 """What is left after SIGKILL at random instants and after damage, beside accelerate's save_state.
 
-    python bench/crash.py --kills 1000 --corruptions 1000
+    python bench/crash.py --kills 1000 --corruptions 1000 --minutes 60
 
-Writes docs/reliability.md. Takes about an hour on two cores; smaller numbers and --out try it.
+Writes docs/reliability.md, with the numbers that were reached in the time given. To try it: smaller numbers and --out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import platform
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -201,29 +200,28 @@ def save_forever(side: str, folder: str, report: str, announced: str) -> None:
             file.write(f"{step}\n".encode())
 
 
-def kill_saver(side: str, kills: int, folder: Path) -> dict[str, int]:
+def kill_saver(side: str, kills: int, end: float, folder: Path) -> dict[str, int]:
     """Kill a process that saves all the time, again and again; count what the next one finds."""
     counts: Counter[str] = Counter()
     saved, report, announced = folder / "saved", folder / "report.json", folder / "announced"
     pace = 0.1
-    for kill in range(kills + 1):
+    while True:
         last = _last_line(announced)
         report.unlink(missing_ok=True)
         child = CONTEXT.Process(target=save_forever, args=(side, str(saved), str(report), str(announced)))
         child.start()
         _wait_until(lambda child=child: (report.exists() and report.stat().st_size > 3) or not child.is_alive())
         outcome, step = json.loads(report.read_text()) if report.exists() else ("nothing left (died)", 0)
-        if kill:
+        if counts["kills"]:
             counts[outcome] += 1
             if outcome in ("whole", "fell back") and step < last:
                 counts["announced and lost"] += 1
-        if kill == kills:
-            os.kill(child.pid, signal.SIGKILL)
+        if counts["kills"] == kills or time.monotonic() > end:
+            child.kill()
             child.join()
-            break
+            return dict(counts)
         if outcome not in ("whole", "fell back", "nothing to load"):  # start anew
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child.pid, signal.SIGKILL)
+            child.kill()
             child.join()
             shutil.rmtree(saved)
             announced.unlink(missing_ok=True)
@@ -235,11 +233,11 @@ def kill_saver(side: str, kills: int, folder: Path) -> dict[str, int]:
         _wait_until(lambda last=last: _last_line(announced) > last)
         pace = 0.9 * pace + 0.1 * (time.monotonic() - start)
         time.sleep(random.uniform(0, min(3 * pace, 1)))
-        os.kill(child.pid, signal.SIGKILL)
+        child.kill()
         child.join()
-        if kill % 100 == 99:
-            print(f"{side}: {kill + 1} kills: {dict(counts)}", file=sys.stderr, flush=True)
-    return dict(counts)
+        counts["kills"] += 1
+        if counts["kills"] % 100 == 0:
+            print(f"{side}: {dict(counts)}", file=sys.stderr, flush=True)
 
 
 def _wait_until(condition, seconds: float = 120) -> None:
@@ -281,7 +279,7 @@ def load_damaged(side: str, folder: str, report: str, newest: int) -> None:
     Path(report).write_text(json.dumps([outcome, damages]))
 
 
-def damage(side: str, corruptions: int, folder: Path) -> dict[str, int]:
+def damage(side: str, corruptions: int, end: float, folder: Path) -> dict[str, int]:
     """Damage the newer of two states, again and again; count what loading it gives."""
     child = CONTEXT.Process(target=_save_two, args=(side, str(folder / "saved"), str(folder / "older")))
     child.start()
@@ -292,6 +290,8 @@ def damage(side: str, corruptions: int, folder: Path) -> dict[str, int]:
     counts: Counter[str] = Counter()
     report = folder / "report.json"
     for number in range(corruptions):
+        if time.monotonic() > end:
+            break
         chance = random.Random(number)
         what = corrupt(newest, folder / "older", chance, KINDS[number % len(KINDS)])
         name = what.split(":")[0]
@@ -300,9 +300,10 @@ def damage(side: str, corruptions: int, folder: Path) -> dict[str, int]:
         child.start()
         child.join(60)
         if child.is_alive():
-            os.kill(child.pid, signal.SIGKILL)
+            child.kill()
             child.join()
         outcome, details = json.loads(report.read_text()) if report.exists() else ("died", [])
+        counts["corruptions"] += 1
         counts[outcome] += 1
         if outcome == "silent":
             counts[f"silent in {name}"] += 1
@@ -310,8 +311,8 @@ def damage(side: str, corruptions: int, folder: Path) -> dict[str, int]:
             counts["named"] += 1
         (newest / name).unlink(missing_ok=True)
         shutil.copy(pristine / name, newest / name)
-        if number % 100 == 99:
-            print(f"{side}: {number + 1} corruptions: {dict(counts)}", file=sys.stderr, flush=True)
+        if counts["corruptions"] % 100 == 0:
+            print(f"{side}: {dict(counts)}", file=sys.stderr, flush=True)
     return dict(counts)
 
 
@@ -327,28 +328,28 @@ def _save_two(side: str, folder: str, older: str) -> None:
 # ---- kills of real training ------------------------------------------------------------------------------------------
 
 
-def kill_training(kills: int, folder: Path) -> dict[str, int]:
+def kill_training(kills: int, end: float, folder: Path) -> dict[str, int]:
     """Kill train/classify.py at random instants until it is finished, then start another one, and compare."""
     settings = ["--max_train_steps", STEPS, "--num_train_epochs", STEPS, "--output_dir", folder, *TRAINING]
     finished = Fleet(folder / "output", "classify", [*settings, "--run_name", "straight"]).wait(600)
     assert finished.codes == [0], finished.output
     wanted = _weights(folder / "straight" / "checkpoints")
     counts: Counter[str] = Counter()
-    while counts["kills"] < kills:
+    while counts["kills"] < kills and time.monotonic() < end:
         counts["runs"] += 1
         run = folder / f"killed-{counts['runs']}"
-        _kill_until_finished([*settings, "--run_name", run.name], run / "checkpoints", kills, counts)
+        _kill_until_finished([*settings, "--run_name", run.name], run / "checkpoints", kills, end, counts)
         if _weights(run / "checkpoints") == wanted:
             counts["identical"] += 1
         shutil.rmtree(run)
     return dict(counts)
 
 
-def _kill_until_finished(arguments: list[object], saved: Path, kills: int, counts: Counter[str]) -> None:
+def _kill_until_finished(arguments: list[object], saved: Path, kills: int, end: float, counts: Counter[str]) -> None:
     while True:
         before = list_steps(saved)[-1:]
         fleet = Fleet(saved.parents[1] / "output", "classify", arguments)
-        if counts["kills"] >= kills:
+        if counts["kills"] >= kills or time.monotonic() > end:
             finished = fleet.wait(600)
             assert finished.codes == [0], finished.output
             return
@@ -393,9 +394,11 @@ PAGE = """# What is left after a kill or damage
 
 Written by
 
-    python bench/crash.py --kills {kills} --corruptions {corruptions}
+    python bench/crash.py {arguments}
 
-on {date} in {minutes:.0f} minutes, two tasks at a time, beside other work. Machine: {machine}. Versions: {versions}.
+on {date} in {minutes:.0f} minutes, {parallel} tasks at a time (the load of the machine was {load:.1f} at the end, other
+work included); each column ends when its time is over, hence the numbers. Machine: {machine}.
+Versions: {versions}.
 
 ## Training, killed at random instants
 
@@ -447,7 +450,7 @@ from changing weights. Network file systems are not measured.
 """
 
 
-def write_page(kills: int, corruptions: int, results: dict[str, dict[str, int]], seconds: float) -> str:
+def write_page(options: argparse.Namespace, results: dict[str, dict[str, int]], seconds: float) -> str:
     """Return the page."""
     training = Counter(results["training"])
     killed = {side: Counter(results[f"kill-{side}"]) for side in SIDES}
@@ -461,8 +464,9 @@ def write_page(kills: int, corruptions: int, results: dict[str, dict[str, int]],
         return ", ".join(f"{name} {count}" for name, count in sorted(parts.items())) or "none"
 
     return PAGE.format(
-        kills=kills,
-        corruptions=corruptions,
+        arguments=f"--kills {options.kills} --corruptions {options.corruptions} --minutes {options.minutes:g}",
+        parallel=options.parallel,
+        load=os.getloadavg()[0],
         date=time.strftime("%Y-%m-%d"),
         minutes=seconds / 60,
         machine=_machine(),
@@ -483,7 +487,7 @@ def write_page(kills: int, corruptions: int, results: dict[str, dict[str, int]],
         ),
         killed=_table(
             ["", *SIDES.values()],
-            ["SIGKILLs while it saves all the time", *(kills for side in SIDES)],
+            ["SIGKILLs while it saves all the time", *(killed[side]["kills"] for side in SIDES)],
             ["the newest one loads and is whole", *(killed[side]["whole"] for side in SIDES)],
             ["**loads without a word, but mixes steps**", *(killed[side]["mixed"] for side in SIDES)],
             ["damaged, named, and the one before is loaded", *(killed[side]["fell back"] for side in SIDES)],
@@ -493,7 +497,7 @@ def write_page(kills: int, corruptions: int, results: dict[str, dict[str, int]],
         ),
         damaged=_table(
             ["", *SIDES.values()],
-            ["corruptions", *(corruptions for side in SIDES)],
+            ["corruptions", *(damaged[side]["corruptions"] for side in SIDES)],
             ["noticed, named, and the one before is loaded", *(damaged[side]["named"] for side in SIDES)],
             ["error; an older one loads by hand", *(damaged[side]["by hand"] for side in SIDES)],
             ["error, nothing else to load", *(damaged[side]["refused"] for side in SIDES)],
@@ -520,6 +524,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--corruptions", type=int, default=1000)
+    parser.add_argument("--minutes", type=float, default=60, help="for each of seven tasks")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "reliability.md")
     parser.add_argument("--parallel", type=int, default=2, help="tasks at a time")
     parser.add_argument("--task", help=argparse.SUPPRESS)
@@ -527,13 +532,14 @@ def main() -> None:
     if options.task:
         folder = Path(tempfile.mkdtemp(prefix="bench-crash-"))
         kind, _, side = options.task.partition("-")
+        end = time.monotonic() + 60 * options.minutes
         try:
             if kind == "training":
-                result = kill_training(options.kills, folder)
+                result = kill_training(options.kills, end, folder)
             elif kind == "kill":
-                result = kill_saver(side, options.kills, folder)
+                result = kill_saver(side, options.kills, end, folder)
             else:
-                result = damage(side, options.corruptions, folder)
+                result = damage(side, options.corruptions, end, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         print(json.dumps(result))
@@ -544,12 +550,13 @@ def main() -> None:
     def work(name: str) -> dict[str, int]:
         command = [sys.executable, __file__, "--task", name]
         command += ["--kills", str(options.kills), "--corruptions", str(options.corruptions)]
+        command += ["--minutes", str(options.minutes)]
         return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
     with ThreadPoolExecutor(options.parallel) as pool:
         results = dict(zip(names, pool.map(work, names)))
     print(json.dumps(results, indent=1))
-    options.out.write_text(write_page(options.kills, options.corruptions, results, time.monotonic() - start))
+    options.out.write_text(write_page(options, results, time.monotonic() - start))
 
 
 if __name__ == "__main__":

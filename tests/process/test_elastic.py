@@ -51,7 +51,8 @@ def moving(classify):
 def test_moving_run_equals_a_still_one(classify, moving):
     classify.run("still", *SETTINGS)
     finished = moving("moving", SETTINGS)
-    assert "from step 9" in finished.output or "from step 6" in finished.output
+    # 9 may not be on the disk yet when the run is killed after step 10; 8 is the end of an epoch.
+    assert any(f"from step {step} " in finished.output for step in (9, 8, 6))
     assert losses(classify, "moving") == pytest.approx(losses(classify, "still"), abs=1e-6)
     assert largest_difference(classify, "still", "moving") < 1e-5
     assert [line["step"] for line in classify.metrics("moving")] == [line["step"] for line in classify.metrics("still")]
