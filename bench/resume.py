@@ -8,14 +8,15 @@ Prints a Markdown table. accelerate's `skip_first_batches` walks through all tha
 import argparse
 import statistics
 import time
+from functools import partial
 
 import torch
 from accelerate import Accelerator, skip_first_batches
 from torch.utils.data import DataLoader, TensorDataset
 
 from data_modules.loader import TrainingLoader
-from data_modules.sampler import BatchSampler
-from data_modules.splits import DataModule, Split
+from data_modules.sampler import BatchSampler, epoch_order
+from data_modules.splits import Arrays, DataModule, InputSpec, Split
 
 BATCH = 64
 
@@ -26,9 +27,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     inputs, labels = torch.randn(options.samples, 16), torch.zeros(options.samples, dtype=torch.int64)
-    split = Split(inputs, labels)
-    data = DataModule("bench", "", split, split, None, ["0", "1"], None)
-    sampler = BatchSampler(options.samples, BATCH, 1, rank=0, num_processes=1, seed=0)
+    split = Split(Arrays({"inputs": inputs}), labels)
+    data = DataModule("bench", "", InputSpec("points", (16,)), split, split, None, ["0", "1"])
+    order = partial(epoch_order, 0, num_samples=options.samples)
+    sampler = BatchSampler(order, options.samples, BATCH, 1, rank=0, num_processes=1)
     loader = TrainingLoader(data, sampler, torch.device("cpu"))
     prepared = Accelerator(cpu=True).prepare(DataLoader(TensorDataset(inputs, labels), batch_size=BATCH, shuffle=True))
     positions = [options.samples * part // 100 // BATCH * BATCH for part in (0, 50, 99)]

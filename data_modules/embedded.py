@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from data_modules.splits import DataModule, Split, fingerprint_tensors, measure_normalization
+from data_modules.splits import (
+    Arrays,
+    DataModule,
+    InputSpec,
+    Split,
+    fingerprint_tensors,
+    measure_moments,
+    measure_normalization,
+)
 from data_modules.stratify import stratified_parts
 
 SPLIT_SEED = 0  # the cut is part of the data: the same for every seed of a run
@@ -21,16 +29,17 @@ def load_digits() -> DataModule:
     images_BCHW = torch.tensor(bunch.images, dtype=torch.uint8)[:, None]
     labels = torch.tensor(bunch.target, dtype=torch.int64)
     parts = stratified_parts(labels, (0.70, 0.15, 0.15), SPLIT_SEED)
-    train, validation, test = (Split(images_BCHW[part], labels[part]) for part in parts)
-    names = [str(name) for name in bunch.target_names]
+    train, validation, test = (Split(Arrays({"inputs": images_BCHW[part]}), labels[part]) for part in parts)
+    moments_NC2 = measure_moments(images_BCHW[parts[0]].numpy())
     return DataModule(
-        "digits",
-        fingerprint_tensors(images_BCHW, labels, *parts),
-        train,
-        validation,
-        test,
-        names,
-        measure_normalization(train, scale=1 / 16),
+        name="digits",
+        fingerprint=fingerprint_tensors(images_BCHW, labels, *parts),
+        inputs=InputSpec("image", (1, 8, 8)),
+        train=train,
+        validation=validation,
+        test=test,
+        class_names=[str(name) for name in bunch.target_names],
+        normalization=measure_normalization(torch.from_numpy(moments_NC2), pixels=64, scale=1 / 16),
     )
 
 
@@ -47,5 +56,13 @@ def load_blobs() -> DataModule:
         return centres[labels] + torch.randn(2 * per_class, 2, generator=generator), labels
 
     train, validation, test = sample(1000), sample(200), sample(200)
-    fingerprint = fingerprint_tensors(*train, *validation)
-    return DataModule("blobs", fingerprint, Split(*train), Split(*validation), Split(*test), ["left", "right"], None)
+    splits = [Split(Arrays({"inputs": points}), labels) for points, labels in (train, validation, test)]
+    return DataModule(
+        name="blobs",
+        fingerprint=fingerprint_tensors(*train, *validation),
+        inputs=InputSpec("points", (2,)),
+        train=splits[0],
+        validation=splits[1],
+        test=splits[2],
+        class_names=["left", "right"],
+    )

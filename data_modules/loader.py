@@ -2,34 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data_modules.sampler import BatchPlan, BatchSampler, SlotIndices, evaluation_shares
+from data_modules.augmentation import Augmentation, mix
+from data_modules.sampler import BatchPlan, BatchSampler, evaluation_shares
 from data_modules.splits import Batch, DataModule, GlobalBatch, Slot, Split
+
+AT_ONCE, AT_ONCE_BYTES = 512, 4 << 20  # samples that are gathered and normalised together, unless a batch is larger
+ALIGNMENT = 64  # bytes, of the memory that torch hands out
 
 
 class _Gathering(Dataset[Batch]):
-    """Makes a loader process gather a whole slot for one index."""
+    """Makes a loader process gather many samples for one index."""
 
-    def __init__(self, split: Split, slots: Sequence[SlotIndices]) -> None:
-        self.split = split
-        self.slots = slots
+    def __init__(self, gather: Callable[[torch.Tensor], Batch], parts: Sequence[torch.Tensor]) -> None:
+        self.gather = gather
+        self.parts = parts
 
     def __len__(self) -> int:
-        return len(self.slots)
+        return len(self.parts)
 
     def __getitem__(self, position: int) -> Batch:
-        return self.split.gather(self.slots[position].indices)
+        return self.gather(self.parts[position])
 
 
-def _gather_in_workers(split: Split, slots: Sequence[SlotIndices], num_workers: int) -> Iterator[Batch]:
+def _gather_all(
+    gather: Callable[[torch.Tensor], Batch], parts: Iterable[torch.Tensor], num_workers: int
+) -> Iterator[Batch]:
+    """Yield the samples of each part, in order."""
+    if not num_workers:
+        return (gather(part) for part in parts)
     # Without a generator of its own, an iterator draws from the global one and shifts the run's randomness.
     generator = torch.Generator().manual_seed(0)
-    return iter(DataLoader(_Gathering(split, slots), batch_size=None, num_workers=num_workers, generator=generator))
+    gathering = _Gathering(gather, list(parts))
+    return iter(DataLoader(gathering, batch_size=None, num_workers=num_workers, generator=generator))
+
+
+def _cut(tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """Return a part, aligned in memory as if it were alone: elsewhere a model may compute other last bits."""
+    part = tensor[first:last]
+    return part if part.data_ptr() % ALIGNMENT == 0 else part.clone()
+
+
+def _indices(group: list[BatchPlan]) -> torch.Tensor:
+    return torch.cat([slot.indices for plan in group for slot in plan.slots])
+
+
+def _gather_with_partners(
+    split: Split, augmentation: Augmentation, epoch: int, seed: int, indices: torch.Tensor
+) -> Batch:
+    partners = split.gather(augmentation.partners(indices, epoch, seed, len(split)))
+    return split.gather(indices) | {f"partner_{name}": value for name, value in partners.items()}
 
 
 @dataclass(frozen=True)
@@ -40,6 +70,9 @@ class TrainingLoader:
     sampler: BatchSampler
     device: torch.device
     num_workers: int = 0
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    seed: int = 0  # of the augmentation
+    first_index: int = 0  # number of the split's first sample, where it is a block of a stream
 
     @property
     def num_samples(self) -> int:
@@ -53,17 +86,54 @@ class TrainingLoader:
 
     def batches(self, epoch: int, start: int) -> Iterator[GlobalBatch]:
         """Yield the batches of an epoch from sample number `start` on."""
-        plans: Iterable[BatchPlan] = self.sampler.batches(epoch, start)
+        plans = self.sampler.batches(epoch, start)
+        groups: Iterable[list[BatchPlan]] = iter(lambda: list(islice(plans, self._batches_at_once())), [])
         if self.num_workers:
-            plans = list(plans)
-            slots = [slot for plan in plans for slot in plan.slots]
-            loaded = _gather_in_workers(self.data.train, slots, self.num_workers)
-        for plan in plans:
-            ready = []
-            for slot in plan.slots:
-                batch = next(loaded) if self.num_workers else self.data.train.gather(slot.indices)
-                ready.append(Slot(slot.number, slot.count, self.data.prepare(batch, self.device)))
-            yield GlobalBatch(plan.size, ready)
+            groups = list(groups)
+            gathered = _gather_all(self._gather(epoch), map(_indices, groups), self.num_workers)
+        for group in groups:
+            indices = _indices(group)
+            batch = next(gathered) if self.num_workers else self._gather(epoch)(indices)
+            batch = self._finish(batch, indices, epoch)
+            position = 0
+            for plan in group:
+                ready = []
+                for slot in plan.slots:
+                    following = position + len(slot.indices)
+                    part = {name: _cut(tensor, position, following) for name, tensor in batch.items()}
+                    ready.append(Slot(slot.number, slot.count, part))
+                    position = following
+                yield GlobalBatch(plan.size, ready)
+
+    def _batches_at_once(self) -> int:
+        """Return how many batches are gathered together, to share the cost of a call; texts differ in length."""
+        shape = self.data.inputs.shape
+        samples = -(-self.batch_size // self.sampler.num_processes)  # of one process
+        return max(1, min(AT_ONCE, AT_ONCE_BYTES // (4 * max(1, math.prod(shape)))) // samples) if shape else 1
+
+    def _gather(self, epoch: int) -> Callable[[torch.Tensor], Batch]:
+        """Return what gathers samples, and the samples to mix them with."""
+        if not self.augmentation.mixup:
+            return self.data.train.gather
+        return partial(_gather_with_partners, self.data.train, self.augmentation, epoch, self.seed)
+
+    def _finish(self, batch: Batch, indices: torch.Tensor, epoch: int) -> Batch:
+        """Move a batch to the device, augment and normalise it there."""
+        if not self.augmentation:
+            return self.data.prepare(batch, self.device)
+        augmentation, seed = self.augmentation, self.seed
+        batch = self.data.move(batch, self.device)
+        drawn_by = {"inputs": indices}  # the numbers of the samples decide what is drawn
+        if augmentation.mixup:
+            drawn_by["partner_inputs"] = augmentation.partners(indices, epoch, seed, len(self.data.train))
+        for name, numbers in drawn_by.items():
+            numbers = (numbers + self.first_index).to(self.device)
+            images = self.data.normalize(augmentation.pixels(batch[name], numbers, epoch, seed))
+            batch[name] = augmentation.cut(images, numbers, epoch, seed)
+        if augmentation.mixup:
+            batch["weights"] = augmentation.mix_weights((indices + self.first_index).to(self.device), epoch, seed)
+            batch["inputs"] = mix(batch["inputs"], batch.pop("partner_inputs"), batch["weights"])
+        return batch
 
 
 @dataclass(frozen=True)
@@ -80,8 +150,6 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[Slot]:
         shares = evaluation_shares(len(self.split), self.batch_size, self.rank, self.num_processes)
-        if self.num_workers:
-            loaded = _gather_in_workers(self.split, shares, self.num_workers)
-        for share in shares:
-            batch = next(loaded) if self.num_workers else self.split.gather(share.indices)
+        parts = [share.indices for share in shares]
+        for share, batch in zip(shares, _gather_all(self.split.gather, parts, self.num_workers)):
             yield Slot(share.number, share.count, self.data.prepare(batch, self.device))

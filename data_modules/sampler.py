@@ -1,4 +1,4 @@
-"""Which samples make up which batch: a pure function of (seed, epoch, position), never of the number of processes.
+"""Which samples make up which batch: a pure function of (order, position), never of the number of processes.
 
 A global batch is cut into `num_slots` slots, a slot being what one process takes in one forward pass. Process p of P
 takes the slots [p * V/P, (p + 1) * V/P), so that any P that divides V sees the same slots.
@@ -6,7 +6,7 @@ takes the slots [p * V/P, (p + 1) * V/P), so that any P that divides V sees the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,16 +48,16 @@ class BatchSampler:
     The last batch of an epoch is as short as it must be: every sample appears exactly once an epoch.
     """
 
+    order: Callable[[int], torch.Tensor]  # the samples of an epoch in their order, int64 [num_samples]
     num_samples: int
     batch_size: int
     num_slots: int
     rank: int
     num_processes: int
-    seed: int
 
     def batches(self, epoch: int, start: int) -> Iterator[BatchPlan]:
         """Yield the batches of an epoch from sample number `start` on, at the same cost for any `start`."""
-        order = epoch_order(self.seed, epoch, self.num_samples)
+        order = self.order(epoch)
         for first in range(start, self.num_samples, self.batch_size):
             batch = order[first : first + self.batch_size]
             yield BatchPlan(len(batch), self._share(batch))

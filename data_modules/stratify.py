@@ -1,4 +1,4 @@
-"""Cutting one set of labelled samples into parts with the same share of every class."""
+"""Shares of classes: cutting samples into parts with the same shares, and weights that even them out."""
 
 from __future__ import annotations
 
@@ -30,3 +30,13 @@ def stratified_parts(labels: torch.Tensor, fractions: Sequence[float], seed: int
         for part, piece in zip(parts, members.split(counts)):
             part.append(piece)
     return [torch.cat(part).sort().values for part in parts]
+
+
+def class_weights(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Return a weight for each class, float32 [num_classes]: inverse to its frequency, 1 on average over the samples.
+
+    A class without samples gets 0.
+    """
+    counts = torch.bincount(labels, minlength=num_classes).double()
+    present = (counts > 0).sum()
+    return torch.where(counts > 0, len(labels) / (present * counts.clamp(min=1)), 0.0).float()

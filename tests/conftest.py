@@ -1,4 +1,4 @@
-"""What all tests share: a Hugging Face cache of their own, no network, one thread."""
+"""What all tests share: caches of their own, no network, one thread."""
 
 import os
 import shutil
@@ -13,6 +13,7 @@ def pytest_configure(config):
     # Before any test module is imported: `datasets` reads these once, at its import. Child processes inherit them.
     config.hf_home = tempfile.mkdtemp(prefix="tests-hf-")
     os.environ["HF_HOME"] = config.hf_home
+    os.environ["XDG_CACHE_HOME"] = os.path.join(config.hf_home, "xdg")  # of decoded images
     for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN"):
         os.environ.pop(name, None)  # they would win over HF_HOME
     os.environ.update(ENVIRONMENT)

@@ -1,16 +1,19 @@
-"""Train a classifier of images or points: accelerate launch train/classify.py [--config RECIPE] [--FLAG VALUE ...]."""
+"""Train a classifier of images, text, tables or points: accelerate launch train/classify.py [--FLAG VALUE ...]."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from data_modules.errors import DataError
+from data_modules.options import DataOptions
 from train.engine.cli import run_script
-from train.engine.errors import EXIT_DONE, EXIT_STOPPED, UsageError
+from train.engine.errors import EXIT_DONE, EXIT_STOPPED, TrainingError, UsageError
 from train.engine.settings import TrainSettings, check_best_metric
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and refused flags answer without it
@@ -19,109 +22,135 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help and refused flags ans
     import torch
     from torch import nn
 
-    from data_modules.splits import DataModule, Slot, Split
+    from data_modules.augmentation import Augmentation
+    from data_modules.loader import TrainingLoader
+    from data_modules.splits import DataModule, InputSpec, Slot, Split
+    from data_modules.stream import StreamLoader
     from train.engine.contract import Measure
+    from train.engine.run_directory import RunDirectory
+    from train.engine.runtime import Runtime
 
+ModelName = Literal["mlp", "mnist_cnn", "simple_cnn", "fast_cnn", "simple_lstm"]
 METRICS = ("loss", "accuracy")
 EVALUATION_BATCH = 512  # samples of one process; changes no result beyond the order of sums
+DEFAULT_MODELS: dict[str, ModelName] = {"image": "simple_cnn", "text": "simple_lstm", "table": "mlp", "points": "mlp"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifySettings(TrainSettings):
+class ClassifySettings(DataOptions, TrainSettings):
     """Settings of classification."""
 
-    dataset: str = "digits"
-    """digits, blobs, a folder of images, a .parquet file or folder, or a hub id."""
-    image_column: str | None = None
-    """Column that holds the images. Default: the only one there is."""
-    label_column: str | None = None
-    """Column that holds the labels. Default: found by type and name."""
-    train_split: str = "train"
-    """Split to train on."""
-    validation_split: str | None = None
-    """Split to validate on. Default: the one named so, else cut from the training split."""
-    test_split: str | None = None
-    """Split for the score at the end. Default: the one named so, else none."""
-    validation_fraction: float = 0.1
-    """Share of the training split that is cut for validation where there is no such split."""
-    image_size: int | None = None
-    """Scale and crop all images to this many pixels a side."""
-    model: Literal["mlp", "mnist_cnn", "simple_cnn", "fast_cnn"] = "simple_cnn"
-    """Network to train."""
+    model: ModelName | None = None
+    """Network to train. Default: simple_cnn for images, simple_lstm for text, mlp for tables and points."""
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes, in training only."""
+    augment: tuple[str, ...] = ()
+    """Random changes of training images, such as: crop:4 flip rotate:10 scale:0.1 cutout:8 mixup:0.2."""
+    class_balance: Literal["none", "weights", "sampler"] = "none"
+    """weights: rare classes weigh more in the training loss. sampler: every class is drawn equally often."""
 
     def conditions(self) -> Iterator[tuple[bool, str, str]]:
         """Yield, for each rule, whether it holds, the setting, and what it must be."""
-        yield from super().conditions()
+        yield from TrainSettings.conditions(self)
+        yield from DataOptions.conditions(self)
         yield 0 <= self.label_smoothing < 1, "label_smoothing", "0 or more and below 1"
-        yield 0 < self.validation_fraction < 1, "validation_fraction", "above 0 and below 1"
-        yield self.image_size is None or self.image_size >= 1, "image_size", "1 or more"
 
 
-def load_data(settings: ClassifySettings) -> DataModule:
-    """Load the data set that the settings name.
+def load_inputs(settings: ClassifySettings, runtime: Runtime) -> tuple[DataModule, Augmentation]:
+    """Load the data set, on rank 0 first, and parse the augmentation that is asked for.
 
     Raises:
-        UsageError: the data cannot be used; says what, where and what to do.
+        UsageError: one of them cannot be used, or they do not go together; says what, where and what to do.
     """
-    from data_modules import embedded, images
+    from data_modules.augmentation import parse_augmentation
+    from data_modules.load import load_data
+
+    def load() -> DataModule:
+        try:
+            return load_data(settings)
+        except DataError as error:
+            raise UsageError(str(error)) from error
 
     try:
-        if settings.dataset == "digits":
-            return embedded.load_digits()
-        if settings.dataset == "blobs":
-            return embedded.load_blobs()
-        columns = images.ImageColumns(
-            image=settings.image_column,
-            label=settings.label_column,
-            train=settings.train_split,
-            validation=settings.validation_split,
-            test=settings.test_split,
-            validation_fraction=settings.validation_fraction,
-            image_size=settings.image_size,
-        )
-        return images.load_images(settings.dataset, columns, in_memory=settings.num_workers == 0)
-    except DataError as error:
-        raise UsageError(str(error)) from error
+        augmentation = parse_augmentation(settings.augment)
+        data = runtime.main_first(load)
+        if augmentation and data.inputs.task != "image":
+            raise ValueError(f"changes images, but the samples are {data.inputs.task}; leave it out")
+        if augmentation:
+            augmentation.check_size(*data.inputs.shape[1:])
+    except ValueError as error:
+        raise UsageError(f"--augment: {error}") from error
+    return data, augmentation
 
 
-def build_model(name: str, data: DataModule) -> nn.Module:
-    """Build a model that takes the data's samples and gives a logit for each class.
+def show_inputs(data: DataModule, loader: TrainingLoader | StreamLoader, run: RunDirectory | None) -> None:
+    """Print what the network is about to see; keep that in the run, with what it takes to treat new samples alike.
+
+    Raises:
+        TrainingError: the run cannot be written.
+    """
+    from data_modules.look import look_at_data
+    from train.engine.storage import replace_file
+
+    try:
+        look_at_data(data, loader, None if run is None else run.path)
+        if run is not None:
+            replace_file(run.path / "preprocessing.json", json.dumps(data.describe_preprocessing()))
+    except OSError as error:
+        raise TrainingError(f"{error.filename or run}: cannot be written ({error.strerror})") from error
+
+
+def build_model(name: str, inputs: InputSpec, num_classes: int) -> nn.Module:
+    """Build a model that takes such samples and gives a logit for each class.
 
     Raises:
         UsageError: the model cannot take such samples.
     """
     from models.cnn import FastCNN, MnistCNN, SimpleCNN
+    from models.lstm import SimpleLSTM
     from models.mlp import MLP
 
-    kind = {"mlp": MLP, "mnist_cnn": MnistCNN, "simple_cnn": SimpleCNN, "fast_cnn": FastCNN}[name]
     try:
-        return kind(data.input_shape, len(data.class_names))
+        if (name == "simple_lstm") != (inputs.task == "text"):
+            raise ValueError(f"{name} does not take {inputs.task} samples; try {DEFAULT_MODELS[inputs.task]}")
+        if name == "simple_lstm":
+            return SimpleLSTM(inputs.vocabulary_size, num_classes)
+        if name == "mlp":
+            return MLP(inputs.shape, num_classes, category_sizes=inputs.category_sizes)
+        return {"mnist_cnn": MnistCNN, "simple_cnn": SimpleCNN, "fast_cnn": FastCNN}[name](inputs.shape, num_classes)
     except ValueError as error:
         raise UsageError(f"--model: {error}") from error
 
 
-def build_measure(label_smoothing: float) -> Measure:
+def build_measure(settings: ClassifySettings, data: DataModule, device: torch.device) -> Measure:
     """Return what computes cross-entropy and accuracy of each sample of a batch, both of shape [B]."""
     from torch.nn import functional as F
 
+    from data_modules.stratify import class_weights
+
+    names = data.inputs.names
+    weights = None
+    if settings.class_balance == "weights":
+        weights = class_weights(data.train.labels, len(data.class_names)).to(device)
+
     def measure(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         # FSDP2's mixed precision hands out bf16 or fp16; losses and sums of that have two digits.
-        logits, labels = model(batch["inputs"]).float(), batch["labels"]
-        smoothing = label_smoothing if model.training else 0.0
-        return {
-            "loss": F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing),
-            "accuracy": (logits.argmax(dim=1) == labels).float(),
-        }
+        logits, labels = model(*(batch[name] for name in names)).float(), batch["labels"]
+        entropy = partial(F.cross_entropy, logits, reduction="none")
+        if model.training:  # what is measured in evaluation is plain
+            entropy = partial(entropy, weight=weights, label_smoothing=settings.label_smoothing)
+        loss = entropy(labels)
+        if "weights" in batch:  # mixed with a partner
+            loss = batch["weights"] * loss + (1 - batch["weights"]) * entropy(batch["partner_labels"])
+        return {"loss": loss, "accuracy": (logits.argmax(dim=1) == labels).float()}
 
     return measure
 
 
 def main(settings: ClassifySettings) -> int:
     """Train, or go on training, and return the exit code."""
-    from data_modules.loader import EvaluationLoader, TrainingLoader
-    from data_modules.sampler import BatchSampler
+    from data_modules.loader import EvaluationLoader
+    from data_modules.training_loader import build_training_loader
     from train.engine import session as sessions
     from train.engine.evaluation import evaluate
     from train.engine.loop import Loop
@@ -132,23 +161,35 @@ def main(settings: ClassifySettings) -> int:
     check_best_metric(settings, METRICS)
     sessions.check_output(settings)
     runtime = start_runtime(settings)
-    data = runtime.main_first(lambda: load_data(settings))
+    data, augmentation = load_inputs(settings, runtime)
     for note in data.notes:
         runtime.say(f"{settings.dataset}: {note}")
-    if settings.run_name is None:
-        name = sessions.default_run_name(settings, ["classify", Path(settings.dataset).name, settings.model])
-        settings = dataclasses.replace(settings, run_name=name)
+    model_name = settings.model or DEFAULT_MODELS[data.inputs.task]
+    run_name = settings.run_name or sessions.default_run_name(
+        settings, ["classify", Path(settings.dataset).stem, model_name]
+    )
+    settings = dataclasses.replace(settings, run_name=run_name, model=model_name)
     seed_all(settings.seed)
-    model = build_model(settings.model, data)
+    model = build_model(model_name, data.inputs, len(data.class_names))
 
     session = sessions.open_session(settings, runtime, data.describe())
     state = sessions.prepare_state(settings, runtime, session, model)
     batching = session.batching
     place = {"rank": runtime.rank, "num_processes": runtime.num_processes}
-    sampler = BatchSampler(len(data.train), batching.batch_size, batching.slots, seed=settings.seed, **place)
-    loader = TrainingLoader(data, sampler, runtime.device, settings.num_workers)
-
-    measure = build_measure(settings.label_smoothing)
+    loader = build_training_loader(
+        data,
+        batch_size=batching.batch_size,
+        num_slots=batching.slots,
+        device=runtime.device,
+        num_workers=settings.num_workers,
+        seed=settings.seed,
+        augmentation=augmentation,
+        balanced=settings.class_balance == "sampler",
+        place=state.progress.stream,
+        remember=lambda place: setattr(state.progress, "stream", place),
+        **place,
+    )
+    measure = build_measure(settings, data, runtime.device)
 
     def score(split: Split) -> Callable[[nn.Module], dict[str, float]]:
         batches: Iterable[Slot] = EvaluationLoader(
@@ -161,10 +202,11 @@ def main(settings: ClassifySettings) -> int:
     test = None if data.test is None else score(data.test)
     tracker = sessions.start_tracking(settings, runtime, session)
     precision = {"no": "fp32"}.get(runtime.accelerator.mixed_precision, runtime.accelerator.mixed_precision)
+    if session.found is None:
+        runtime.on_main(lambda: show_inputs(data, loader, session.run))
     runtime.say(
-        f"{settings.dataset}: {len(data.train):,} training samples of shape {data.input_shape}, "
-        f"{len(data.class_names)} classes\n"
-        f"{settings.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {runtime.device}, "
+        f"{settings.dataset}: {loader.num_samples:,} training samples, {data.inputs}, {len(data.class_names)} classes\n"
+        f"{model_name}: {sum(p.numel() for p in model.parameters()):,} parameters, {runtime.device}, "
         f"{precision}, {batching}"
     )
     loop = Loop(settings, runtime, session, state, loader, measure, score(data.validation), tracker, data.describe())

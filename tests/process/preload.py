@@ -4,15 +4,19 @@
 import accelerate
 import matplotlib.backends.backend_agg
 import matplotlib.figure
+import pyarrow.csv
+import pyarrow.parquet
 import sklearn.datasets
+import tokenizers
 import torch
 import torch._dynamo
 import torch.distributed.tensor
 
-import data_modules.embedded
-import data_modules.images
-import data_modules.loader
+import data_modules.load
+import data_modules.look
+import data_modules.training_loader
 import models.cnn
+import models.lstm
 import models.mlp
 import train.classify
 import train.engine.loop

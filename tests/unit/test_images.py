@@ -1,6 +1,10 @@
-"""Images from Parquet files and folders: what is read, and what is said when it cannot be."""
+"""Images from Parquet files and folders: what they become, and what is said when they cannot be used."""
 
-import io
+import resource
+import struct
+import time
+import warnings
+import zlib
 
 import datasets
 import numpy as np
@@ -8,72 +12,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from data_modules import images
+from data_modules import cache
+from data_modules.decoding import BadImageError, Decoder, EncodedImages, color_mode, upright_size
 from data_modules.errors import DataError
-from data_modules.images import ImageColumns, load_images
+from data_modules.images import ImagePreprocessing
+from tests.sources import (
+    COLOUR,
+    HEIGHT,
+    LABELS,
+    WIDTH,
+    encode,
+    everything,
+    images,
+    load,
+    numbers,
+    pixels,
+    refusal,
+    write,
+    write_tree,
+)
 
-datasets.disable_progress_bars()
-HEIGHT, WIDTH = 4, 6
 CPU = torch.device("cpu")
-
-
-def pixels(number, *channels, height=HEIGHT, width=WIDTH):
-    """Return random uint8 pixels [H, W, *channels], others for each number."""
-    return np.random.default_rng(number).integers(0, 256, (height, width, *channels), dtype=np.uint8)
-
-
-def encode(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-COLOUR = [encode(pixels(number, 3)) for number in range(20)]
-LABELS = [0, 1] * 10
-
-
-def write(path, encoded=COLOUR, labels=LABELS, kind="int64", column="label", **more):
-    """Write a Parquet file as `datasets` writes it; `kind` is a type's name or a list of class names."""
-    feature = datasets.ClassLabel(names=kind) if isinstance(kind, list) else datasets.Value(kind)
-    columns = {
-        "image": [None if data is None else {"bytes": data, "path": None} for data in encoded],
-        column: labels,
-        **more,
-    }
-    features = {"image": datasets.Image(), column: feature}
-    features |= {name: datasets.Image() if name.startswith("image") else feature for name in more}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns, schema=datasets.Features(features).arrow_schema), path)
-    return path
-
-
-def load(source, in_memory=True, **columns):
-    return load_images(str(source), ImageColumns(**columns), in_memory=in_memory)
-
-
-def refusal(source, in_memory=True, **columns):
-    """Return what is said when the data set is refused."""
-    with pytest.raises(DataError) as caught:
-        load(source, in_memory, **columns)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def everything(split):
-    return split.gather(torch.arange(len(split)))
-
-
-def same(one, other):
-    """Say whether two data modules give the same samples and remember the same of them."""
-    assert one.describe() == other.describe()
-    for name, split in one.splits().items():
-        mine, theirs = everything(split), everything(other.splits()[name])
-        assert torch.equal(mine["inputs"], theirs["inputs"])
-        assert torch.equal(mine["labels"], theirs["labels"])
-    return True
 
 
 @pytest.fixture
@@ -93,124 +56,104 @@ def file(tmp_path):
 @pytest.fixture
 def tree(tmp_path):
     """A folder of images, a folder for each class, in two splits."""
-    for split, size in (("train", 10), ("test", 4)):
-        for number in range(size):
-            path = tmp_path / "tree" / split / ("dog" if number % 2 else "cat") / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(COLOUR[number])
-    return tmp_path / "tree"
+    return write_tree(tmp_path / "tree")
 
 
-def test_parquet_folder_gives_its_splits_pixels_and_labels(folder):
+@pytest.fixture(params=["cached", "lazy"])
+def way(request, monkeypatch):
+    """Images kept decoded, and images decoded each time they are gathered."""
+    if request.param == "lazy":
+        monkeypatch.setattr(cache, "LARGEST", 0)
+    return request.param
+
+
+def labels_of_numbers(split):
+    """Return whether each image of a split has its own label."""
+    return [LABELS[number] for number in numbers(split)] == everything(split)["labels"].tolist()
+
+
+# ---- what images become ----------------------------------------------------------------------------------------------
+
+
+def test_parquet_folder_gives_its_splits_pixels_and_labels(folder, way):
     data = load(folder)
     assert {name: len(split) for name, split in data.splits().items()} == {"train": 18, "validation": 2, "test": 4}
     assert data.class_names == ["0", "1"]
-    assert data.input_shape == (3, HEIGHT, WIDTH)
+    assert (data.inputs.task, data.inputs.shape) == ("image", (3, HEIGHT, WIDTH))
     test = everything(data.test)
     assert test["labels"].tolist() == [1, 0, 1, 0]
     expected = torch.tensor(np.stack([pixels(number, 3) for number in range(4)])).permute(0, 3, 1, 2)
     assert torch.equal(test["inputs"], expected)
     assert any("no validation split: 2 of 20" in note for note in data.notes)
-    assert data.fingerprint == load(folder / "train.parquet").fingerprint  # the test split has no part in training
+    assert isinstance(data.train.samples, EncodedImages) == (way == "lazy")
 
 
-def test_validation_is_cut_from_training_without_loss(file):
-    data = load(file, validation_fraction=0.3)
-    assert (len(data.train), len(data.validation)) == (14, 6)
-    assert torch.bincount(data.validation.labels).tolist() == [3, 3]
-    parts = torch.cat([data.train.inputs, data.validation.inputs])
-    assert len(parts.unique(dim=0)) == 20
-    for split in (data.train, data.validation):
-        for image, label in zip(split.inputs, split.labels.tolist()):
-            row = next(row for row in range(20) if np.array_equal(pixels(row, 3), image.permute(1, 2, 0).numpy()))
-            assert label == LABELS[row]
-
-
-@pytest.mark.parametrize("name", ["validation", "valid", "val"])
-def test_a_split_named_for_validation_is_used(tmp_path, name):
-    write(tmp_path / "train.parquet")
-    write(tmp_path / f"{name}.parquet", COLOUR[:3], [0, 0, 1])
-    data = load(tmp_path)
-    assert (len(data.train), data.validation.labels.tolist(), data.test) == (20, [0, 0, 1], None)
-
-
-def test_splits_may_be_chosen_by_name(folder):
-    data = load(folder, train="test", validation="train", test="train")
-    assert (len(data.train), len(data.validation), len(data.test)) == (4, 20, 20)
-
-
-def test_folder_of_images_gives_class_names(tree):
+def test_folder_of_images_gives_class_names(tree, way):
     data = load(tree)
     assert data.class_names == ["cat", "dog"]
     assert (len(data.train), len(data.validation), len(data.test)) == (8, 2, 4)
-    by_label = {int(label): image for image, label in zip(data.test.inputs, data.test.labels)}
-    known = {label: {pixels(number, 3).tobytes() for number in range(label, 4, 2)} for label in (0, 1)}
-    for label, image in by_label.items():
-        assert image.permute(1, 2, 0).numpy().tobytes() in known[label]
-
-
-def test_single_parquet_file(tmp_path):
-    data = load(write(tmp_path / "any name.PARQUET"))
-    assert (len(data.train), len(data.validation), data.test) == (18, 2, None)
+    assert sorted(numbers(data.train) + numbers(data.validation)) == list(range(10))
+    assert all(labels_of_numbers(split) for split in data.splits().values())
 
 
 def test_columns_may_be_named(tmp_path):
     path = write(tmp_path / "a.parquet", column="y", image2=[{"bytes": data, "path": None} for data in COLOUR[::-1]])
-    data = load(path, image="image2", label="y")
-    assert {image.permute(1, 2, 0).numpy().tobytes() for image in data.train.inputs[data.train.labels == 0]} <= {
-        pixels(number, 3).tobytes() for number in range(1, 20, 2)
-    }
+    data = load(path, input_columns=("image2",), label_column="y")
+    zeros = everything(data.train)["inputs"][data.train.labels == 0]
+    odd = {pixels(number, 3).tobytes() for number in range(1, 20, 2)}
+    assert {image.permute(1, 2, 0).numpy().tobytes() for image in zeros} <= odd
 
 
-@pytest.mark.parametrize("named", [None, "image"])
-@pytest.mark.parametrize("stored", ["bytes", "struct"])
+@pytest.mark.parametrize("named", [(), ("image",)])
+@pytest.mark.parametrize("stored", ["bytes", "large", "struct"])
 def test_parquet_written_by_other_tools(tmp_path, stored, named):
-    column = COLOUR if stored == "bytes" else [{"bytes": data, "path": None} for data in COLOUR]
+    column = {
+        "bytes": COLOUR,
+        "large": pa.array(COLOUR, pa.large_binary()),
+        "struct": [{"bytes": data, "path": None} for data in COLOUR],
+    }[stored]
     pq.write_table(pa.table({"image": column, "label": LABELS}), tmp_path / "plain.parquet")
-    assert load(tmp_path / "plain.parquet", image=named).input_shape == (3, HEIGHT, WIDTH)
+    data = load(tmp_path / "plain.parquet", input_columns=named)
+    assert data.inputs.shape == (3, HEIGHT, WIDTH) and labels_of_numbers(data.train)
 
 
-@pytest.mark.parametrize(
-    ("values", "kind", "class_names", "first"),
-    [
-        (["dog", "cat"], "string", ["cat", "dog"], [1, 0]),
-        ([1, 0], ["zebra", "ant"], ["zebra", "ant"], [1, 0]),
-        ([True, False], "bool", ["0", "1"], [1, 0]),
-        ([2, 0], "uint8", ["0", "1", "2"], [2, 0]),
-    ],
-)
-def test_labels_of_every_kind(tmp_path, values, kind, class_names, first):
-    write(tmp_path / "train.parquet", labels=values * 10, kind=kind)
-    write(tmp_path / "validation.parquet", COLOUR[:2], values, kind)
-    data = load(tmp_path)
-    assert data.class_names == class_names
-    assert data.validation.labels.tolist() == first
+def test_images_in_several_groups_of_rows_keep_their_order(tmp_path):
+    table = pq.read_table(write(tmp_path / "one.parquet"))
+    table = pa.table(
+        {
+            name: pa.chunked_array(table[name].combine_chunks().slice(n, 3) for n in range(0, 20, 3))
+            for name in table.column_names
+        },
+        schema=table.schema,
+    )
+    pq.write_table(table, tmp_path / "groups.parquet", row_group_size=3)
+    data = load(tmp_path / "groups.parquet")
+    assert labels_of_numbers(data.train)
+    assert data.fingerprint == load(tmp_path / "one.parquet").fingerprint
 
 
-def test_classes_without_a_sample_are_noted(tmp_path):
-    data = load(write(tmp_path / "a.parquet", labels=[1, 2] * 10))
-    assert any("1 of 3 classes have no training sample, first '0'" in note for note in data.notes)
-    assert not any("no training sample" in note for note in load(write(tmp_path / "b.parquet")).notes)
-
-
-@pytest.mark.parametrize(
-    "decode",
-    [
-        lambda grey: Image.fromarray(grey),
-        lambda grey: Image.fromarray(grey).convert("LA"),
-    ],
-)
-def test_grey_images_have_one_channel(tmp_path, decode):
-    data = load(write(tmp_path / "a.parquet", [encode(decode(pixels(number))) for number in range(20)]))
-    assert data.input_shape == (1, HEIGHT, WIDTH)
-    assert {image.numpy().tobytes() for image in data.train.inputs} <= {pixels(n).tobytes() for n in range(20)}
+@pytest.mark.parametrize("mode", ["L", "LA"])
+def test_grey_images_have_one_channel(tmp_path, mode):
+    encoded = [encode(Image.fromarray(pixels(number)).convert(mode)) for number in range(20)]
+    data = load(write(tmp_path / "a.parquet", encoded))
+    assert data.inputs.shape == (1, HEIGHT, WIDTH)
+    assert {image.numpy().tobytes() for image in images(data.train)} <= {pixels(n).tobytes() for n in range(20)}
 
 
 def test_black_and_white_images_have_one_channel(tmp_path):
-    bits = [pixels(number) > 127 for number in range(20)]
-    data = load(write(tmp_path / "a.parquet", [encode(Image.fromarray(image)) for image in bits]))
-    assert data.input_shape == (1, HEIGHT, WIDTH)
-    assert data.train.inputs.unique().tolist() == [0, 255]
+    data = load(write(tmp_path / "a.parquet", [encode(pixels(number) > 127) for number in range(20)]))
+    assert data.inputs.shape == (1, HEIGHT, WIDTH)
+    black_and_white = [((pixels(number) > 127) * np.uint8(255)).tobytes() for number in range(20)]
+    assert {image.numpy().tobytes() for image in images(data.train)} <= set(black_and_white)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bits_keep_the_high_byte(tmp_path, kind):
+    deep = [np.random.default_rng(n).integers(0, 65536, (HEIGHT, WIDTH), dtype=np.uint16) for n in range(20)]
+    data = load(write(tmp_path / "a.parquet", [encode(image, kind) for image in deep]))
+    assert data.inputs.shape == (1, HEIGHT, WIDTH)
+    high = {(image >> 8).astype(np.uint8).tobytes() for image in deep}
+    assert {image.numpy().tobytes() for image in images(data.train)} <= high
 
 
 @pytest.mark.parametrize("mode", ["P", "RGBA", "CMYK"])
@@ -219,9 +162,37 @@ def test_colour_of_every_kind_becomes_red_green_blue(tmp_path, mode):
     kind = "TIFF" if mode == "CMYK" else "PNG"
     encoded = [encode(Image.new("RGB", (WIDTH, HEIGHT), colour).convert(mode), kind) for colour in colours]
     data = load(write(tmp_path / "a.parquet", encoded))
-    assert data.input_shape == (3, HEIGHT, WIDTH)
-    assert data.train.inputs[data.train.labels == 0].amax((0, 2, 3)).tolist() == [255, 0, 0]
-    assert data.train.inputs[data.train.labels == 1].amin((0, 2, 3)).tolist() == [0, 0, 255]
+    assert data.inputs.shape == (3, HEIGHT, WIDTH)
+    assert images(data.train)[data.train.labels == 0].amax((0, 2, 3)).tolist() == [255, 0, 0]
+    assert images(data.train)[data.train.labels == 1].amin((0, 2, 3)).tolist() == [0, 0, 255]
+
+
+def test_cmyk_jpeg():
+    encoded = encode(Image.new("CMYK", (WIDTH, HEIGHT), (0, 255, 255, 0)), "JPEG", quality=100)
+    red, green, blue = Decoder("RGB", HEIGHT, WIDTH, False).decode(encoded).mean((1, 2))
+    assert red > 250 and green < 5 and blue < 5
+
+
+def test_transparent_pixels_become_white():
+    rgba = np.zeros((HEIGHT, WIDTH, 4), np.uint8)
+    rgba[..., 0] = 200
+    rgba[0, :, 3], rgba[1, :, 3] = 255, 51  # the first row is opaque, the second a fifth, the others are clear
+    for image in (rgba, rgba[..., [0, 3]]):  # RGBA and LA
+        decoder = Decoder("RGB" if image.shape[2] == 4 else "L", HEIGHT, WIDTH, False)
+        decoded = decoder.decode(encode(image))
+        assert (decoded[:, 0] == image[0, 0, :-1, None]).all()
+        assert (decoded[:, 1] == 255 - (255 - image[0, 0, :-1, None].astype(int)) // 5).all()
+        assert (decoded[:, 2:] == 255).all()
+
+
+def test_a_palette_with_a_transparent_colour():
+    image = Image.new("P", (WIDTH, HEIGHT), 0)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((2, 1), 1)
+    decoded = Decoder("RGB", HEIGHT, WIDTH, False).decode(encode(image, transparency=0))
+    expected = np.full((3, HEIGHT, WIDTH), 255)
+    expected[:, 1, 2] = [200, 100, 50]
+    assert np.array_equal(decoded, expected)
 
 
 def test_a_few_grey_images_among_coloured_become_coloured(tmp_path):
@@ -229,16 +200,20 @@ def test_a_few_grey_images_among_coloured_become_coloured(tmp_path):
     small = [encode(pixels(number, height=2, width=2)) for number in range(300)]
     small += [encode(pixels(number, 3, height=2, width=2)) for number in range(300)]
     data = load(write(tmp_path / "a.parquet", small, [0] * 300 + [1] * 300))
-    assert data.input_shape == (3, 2, 2)
+    assert data.inputs.shape == (3, 2, 2)
 
 
-def test_photographs_are_turned_upright(tmp_path):
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_photographs_are_turned_upright(tmp_path, kind):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: the top is at the right-hand side
-    upright = pixels(0, 3, height=WIDTH, width=HEIGHT)
-    stored = encode(np.rot90(upright).copy(), exif=exif)
+    upright = np.zeros((WIDTH * 8, HEIGHT * 8, 3), np.uint8)
+    upright[: WIDTH * 4] = 255
+    options = {"JPEG": {"quality": 100}, "WEBP": {"lossless": True}}.get(kind, {})
+    stored = encode(np.rot90(upright).copy(), kind, exif=exif, **options)
     data = load(write(tmp_path / "a.parquet", [stored] * 20))
-    assert np.array_equal(data.train.inputs[0].permute(1, 2, 0).numpy(), upright)
+    assert data.inputs.shape == (3, WIDTH * 8, HEIGHT * 8)
+    assert np.abs(images(data.train)[0].permute(1, 2, 0).numpy().astype(int) - upright).max() <= 3
 
 
 def test_image_size_scales_the_shorter_side_and_crops_the_centre(tmp_path):
@@ -248,286 +223,313 @@ def test_image_size_scales_the_shorter_side_and_crops_the_centre(tmp_path):
     encoded = [encode(image) for image in (wide, tall)] * 10
     for size in (2, 4, 8):
         data = load(write(tmp_path / f"{size}.parquet", encoded), image_size=size)
-        assert data.input_shape == (3, size, size)
+        assert data.inputs.shape == (3, size, size)
+        assert f"images are scaled, the shorter side to {size} pixels, and cropped to the centre" in data.notes
         if size == 4:
-            assert data.train.inputs.unique(dim=0).tolist() == [[[[value] * 4] * 4 for value in (10, 200, 30)]]
+            assert images(data.train).unique(dim=0).tolist() == [[[[value] * 4] * 4 for value in (10, 200, 30)]]
 
 
 @pytest.mark.parametrize("size", [None, 3])
-def test_decoding_on_demand_gives_exactly_the_same(folder, tree, size):
+def test_decoding_on_demand_gives_exactly_the_same(folder, tree, size, monkeypatch):
     for source in (folder, tree):
-        kept, decoded = load(source, True, image_size=size), load(source, False, image_size=size)
-        assert isinstance(kept.train.inputs, torch.Tensor) and not isinstance(decoded.train.inputs, torch.Tensor)
-        assert same(kept, decoded)
+        kept = load(source, image_size=size)
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "LARGEST", 0)
+            decoded = load(source, image_size=size)
+        assert isinstance(decoded.train.samples, EncodedImages) and not isinstance(kept.train.samples, EncodedImages)
+        assert kept.describe() | {"fingerprint": ""} == decoded.describe() | {"fingerprint": ""}
+        for name, split in kept.splits().items():
+            mine, theirs = everything(split), everything(decoded.splits()[name])
+            assert torch.equal(mine["inputs"], theirs["inputs"]) and torch.equal(mine["labels"], theirs["labels"])
 
 
-def test_normalisation_is_that_of_the_training_part(file):
-    data = load(file)
+def test_the_preprocessing_can_be_made_again(file):
+    preprocessing = load(file, image_size=3).preprocessing
+    again = ImagePreprocessing.from_description(preprocessing.describe())
+    assert (again.column, again.decoder, again.input_spec) == ("image", preprocessing.decoder, preprocessing.input_spec)
+
+
+# ---- normalisation ---------------------------------------------------------------------------------------------------
+
+
+def test_normalisation_is_exactly_that_of_the_training_rows(file, way):
+    data = load(file, validation_fraction=0.3)
+    train = np.stack([pixels(number, 3) for number in numbers(data.train)]).astype(np.float64) / 255
+    assert len(train) == 14
     assert data.normalization.scale == 1 / 255
-    assert data.normalization.mean == pytest.approx((data.train.inputs / 255).mean((0, 2, 3)).tolist(), rel=1e-4)
+    assert data.normalization.mean == pytest.approx(train.mean((0, 1, 2)), rel=0, abs=1e-12)
+    assert data.normalization.std == pytest.approx(train.std((0, 1, 2)), rel=0, abs=1e-12)
     prepared = data.prepare(everything(data.train), CPU)["inputs"].double().transpose(0, 1).flatten(1)
     assert prepared.mean(1).tolist() == pytest.approx([0.0] * 3, abs=1e-5)
     assert prepared.std(1, correction=0).tolist() == pytest.approx([1.0] * 3, abs=1e-5)
 
 
-def test_fingerprint_changes_with_what_is_trained_on(tmp_path):
-    def fingerprint(name, encoded=COLOUR, labels=LABELS, **columns):
-        return load(write(tmp_path / f"{name}.parquet", encoded, labels), **columns).fingerprint
+def test_normalisation_does_not_see_validation_nor_what_was_left_out(tmp_path):
+    def measure(name, replaced):
+        encoded = [encode(pixels(50 + row, 3)) if row in replaced else COLOUR[row] for row in range(20)]
+        return load(write(tmp_path / f"{name}.parquet", encoded)).normalization
 
+    first = load(write(tmp_path / "first.parquet"))
+    assert measure("validation", first.validation.rows.tolist()) == first.normalization
+    assert measure("train", first.train.rows.tolist()[:1]) != first.normalization
+    bad = first.train.rows.tolist()[3]
+    data = load(write(tmp_path / "b.parquet", [*COLOUR[:bad], b"", *COLOUR[bad + 1 :]]), on_bad_sample="skip")
+    train = np.stack([pixels(number, 3) for number in numbers(data.train)]).astype(np.float64) / 255
+    assert len(train) == 17
+    assert data.normalization.mean == pytest.approx(train.mean((0, 1, 2)), rel=0, abs=1e-12)
+
+
+def test_given_normalisation_is_used(file):
+    data = load(file, image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6))
+    assert (data.normalization.mean, data.normalization.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    batch = everything(data.validation)
+    mean, std = (torch.tensor(values)[:, None, None] for values in ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
+    assert torch.allclose(data.prepare(batch, CPU)["inputs"], (batch["inputs"] / 255 - mean) / std, atol=1e-5)
+    message = refusal(file, image_mean=(0.5,), image_std=(0.5,))
+    assert message == f"--image_mean: 1 value(s) for images of 3 channel(s) in {file}"
+
+
+# ---- fingerprint -----------------------------------------------------------------------------------------------------
+
+
+def test_fingerprint_changes_with_what_is_trained_on(tmp_path, way):
+    def fingerprint(name, encoded=COLOUR, labels=LABELS, **options):
+        return load(write(tmp_path / f"{name}.parquet", encoded, labels), **options).fingerprint
+
+    pixel = pixels(0, 3)
+    pixel[2, 3, 1] ^= 1
     first = fingerprint("first")
     assert fingerprint("again") == first
     assert fingerprint("label", labels=[1, 1, *LABELS[2:]]) != first
-    assert fingerprint("pixel", [encode(pixels(99, 3)), *COLOUR[1:]]) != first
+    assert fingerprint("pixel", [encode(pixel), *COLOUR[1:]]) != first
     assert fingerprint("order", [*COLOUR[2:4], *COLOUR[:2], *COLOUR[4:]]) != first
     assert fingerprint("size", image_size=3) != first
     assert fingerprint("cut", validation_fraction=0.2) != first
 
 
-@pytest.mark.parametrize("labels", [[-1] * 4, [None] * 4])
-def test_a_test_split_without_labels_is_left_out_and_noted(folder, labels):
-    write(folder / "test.parquet", COLOUR[:4], labels)
-    data = load(folder)
-    assert data.test is None
-    assert "split 'test' has no labels and is not used" in data.notes
-    assert "split 'test'" in refusal(folder, test="test")  # asked for by name, it is refused
+def test_fingerprint_does_not_depend_on_the_place_or_on_the_compression(tmp_path):
+    first = load(write_tree(tmp_path / "here")).fingerprint
+    there = write_tree(tmp_path / "far" / "away")
+    for path in there.rglob("*.png"):
+        path.write_bytes(encode(pixels(int(path.stem), 3), compress_level=0))
+    assert load(there).fingerprint == first
 
 
-@pytest.mark.parametrize("source", ["nobody/nothing", "nothing", "a b", "data/x"])
-def test_a_name_that_is_neither_path_nor_on_the_hub(source):
-    message = refusal(source)
-    assert message.startswith(f"--dataset {source}: is no path, and on the hub: ")
-    assert message.endswith("Otherwise give a folder of images, a .parquet file or folder, or a hub id")
+def test_the_test_split_has_no_part_in_the_fingerprint(folder):
+    first = load(folder).fingerprint
+    write(folder / "test.parquet", COLOUR[5:7], [1, 0])
+    assert load(folder).fingerprint == first
 
 
-@pytest.mark.parametrize("source", ["/no/such", "./none", "../none.parquet", "~/none", "a/b/c", "https://a.b/c"])
-def test_a_path_that_does_not_exist(source):
-    assert refusal(source) == f"--dataset {source}: no such file or folder"
+# ---- images that cannot be used --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["", "  "])
-def test_an_empty_name(source):
-    assert refusal(source).startswith("--dataset: is empty. Embedded: digits, blobs.")
+def bomb(side=50_000):
+    """Return a PNG of 70 bytes that claims to be of so many pixels a side."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def test_files_of_other_kinds(tmp_path):
-    path = tmp_path / "table.csv"
-    path.write_text("a,b\n1,2\n")
-    assert refusal(path) == f"{path}: cannot open files of this kind; give a .parquet file or a folder of images"
+BAD = {
+    "cut PNG": (COLOUR[7][: len(COLOUR[7]) // 2], "truncated"),
+    "cut JPEG": (encode(pixels(7, 3, height=40, width=60), "JPEG")[:900], "truncated"),
+    "text": (b"hello", "no known image format"),
+    "empty": (b"", "no known image format"),
+    "bomb": (bomb(), "(2500000000 pixels) exceeds limit"),
+    "floating point": (encode(Image.new("F", (WIDTH, HEIGHT), 0.5), "TIFF"), "floating point: convert"),
+    "32 bits": (encode(Image.new("I", (WIDTH, HEIGHT), 70_000), "TIFF"), "more than 16 bits: convert"),
+    "below zero": (encode(Image.new("I", (WIDTH, HEIGHT), -1), "TIFF"), "more than 16 bits: convert"),
+}
 
 
-@pytest.mark.parametrize("content", [b"", b"no parquet at all"])
-def test_a_damaged_parquet_file(tmp_path, content):
-    path = tmp_path / "bad.parquet"
-    path.write_bytes(content)
-    assert refusal(path).startswith(f"--dataset {path}: cannot be opened: Parquet ")
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_said_of_an_image_that_cannot_be_decoded(name):
+    bad, reason = BAD[name]
+    with pytest.raises(BadImageError) as caught:
+        Decoder("RGB", HEIGHT, WIDTH, False).decode(bad)
+    message = str(caught.value)
+    assert message.startswith("cannot be decoded (") and message.endswith(")")
+    assert reason in message and "object at" not in message and "\n" not in message
 
 
-def test_an_empty_folder(tmp_path):
-    message = refusal(tmp_path)
-    assert message.startswith(f"--dataset {tmp_path}: cannot be opened: ") and "any data files" in message
+def test_images_that_cannot_be_decoded_are_refused_or_left_out(tmp_path, way):
+    encoded = [bad for bad, _ in BAD.values()]
+    path = write(tmp_path / "a.parquet", [*COLOUR[:3], *encoded, *COLOUR[11:]])
+    message = refusal(path)
+    assert message.startswith(f"{path}, row 3: the image cannot be decoded (image file is truncated")
+    assert message.endswith("). Correct or remove it, or leave such samples out with --on_bad_sample skip")
+    data = load(path, on_bad_sample="skip", validation_fraction=0.4)
+    assert len(encoded) == len(data.skipped) == 8
+    for row, text in enumerate(data.skipped, start=3):
+        assert text.startswith(f"{path}, row {row}: the image cannot be decoded (")
+    assert f"left out 8 bad sample(s), first {data.skipped[0]}" in data.notes
+    assert sorted(numbers(data.train) + numbers(data.validation)) == [*range(3), *range(11, 20)]
+    assert labels_of_numbers(data.train) and labels_of_numbers(data.validation)
 
 
-def test_a_path_that_would_be_taken_for_a_pattern(tmp_path):
-    path = write(tmp_path / "[1]" / "a.parquet")
-    for source in (path, path.parent):
-        assert "for a pattern; rename it" in refusal(source)
+def test_the_bad_image_may_be_the_first_and_labels_may_be_text(tmp_path, way):
+    for bad in (COLOUR[0][:60], b"hello", None):
+        path = write(tmp_path / "a.parquet", [bad, *COLOUR[1:]], ["a", "b"] * 10, "string")
+        assert refusal(path).startswith(f"{path}, row 0: ")
+        data = load(path, on_bad_sample="skip")
+        assert sorted(numbers(data.train) + numbers(data.validation)) == list(range(1, 20))
+        assert labels_of_numbers(data.train)
 
 
-def test_no_such_column(file):
-    said = f"{file}: split 'train' has no column 'pic'; its columns are image, label. Name them with --image_column"
-    assert refusal(file, image="pic").startswith(said)
-    assert "has no column 'kind'" in refusal(file, label="kind")
+def test_good_images_are_found_among_bad_ones(tmp_path):
+    # All that are looked at to find size and mode are bad: every second one is.
+    small = [encode(pixels(number, 3, height=2, width=2)) if number % 2 else b"bad" for number in range(520)]
+    path = write(tmp_path / "a.parquet", small, [0, 0, 1, 1] * 130)
+    write(tmp_path / "validation.parquet", small[:4], [0, 0, 1, 1])
+    data = load(tmp_path / "*.parquet", on_bad_sample="skip")
+    assert path.exists() and data.inputs.shape == (3, 2, 2) and (len(data.train), len(data.validation)) == (260, 2)
+    assert len(data.skipped) == 262
 
 
-def test_no_image_column(tmp_path):
-    pq.write_table(pa.table({"height": [1, 2], "label": [0, 1]}), tmp_path / "a.parquet")
-    said = f"{tmp_path / 'a.parquet'}: no image column among height, label; name it with --image_column"
-    assert refusal(tmp_path / "a.parquet") == said
+def test_a_bomb_is_refused_at_once_and_takes_no_memory():
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(BadImageError, match="exceeds limit"):
+        Decoder("RGB", HEIGHT, WIDTH, True).decode(bomb())
+    with pytest.raises(BadImageError):
+        upright_size(bomb())
+    with pytest.raises(BadImageError, match="exceeds limit"):
+        Decoder("RGB", HEIGHT, WIDTH, True).decode(bomb(10_000))  # Pillow alone would only warn
+    assert time.monotonic() - start < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kilobytes
 
 
-def test_several_image_columns(tmp_path):
-    path = write(tmp_path / "a.parquet", image2=[{"bytes": data, "path": None} for data in COLOUR])
-    said = f"{path}: more than one image column (image, image2) among image, label, image2; name it with --image_column"
-    assert refusal(path) == said
-
-
-def test_columns_mistaken_for_one_another(file):
-    assert refusal(file, image="label").endswith("column 'label' holds no images; name another with --image_column")
-    assert refusal(file, label="image").endswith("column 'image' holds no labels; name another with --label_column")
-
-
-def test_label_column_that_cannot_be_told(tmp_path):
-    path = write(tmp_path / "a.parquet", column="target", label=LABELS)
-    assert refusal(path) == f"{path}: which of the columns target, label is the label? Name it with --label_column"
-    path = write(tmp_path / "b.parquet", column="fine", kind=["a", "b"], coarse=LABELS)
-    assert refusal(path) == f"{path}: which of the columns fine, coarse is the label? Name it with --label_column"
-    path = write(tmp_path / "c.parquet", column="species")
-    assert "which of the columns species is the label?" in refusal(path)
-
-
-def test_images_without_any_labels(tmp_path):
-    (tmp_path / "a.png").write_bytes(COLOUR[0])
-    (tmp_path / "b.png").write_bytes(COLOUR[1])
-    said = f"{tmp_path}: has no labels; in a folder of images, each class is a folder of its own"
-    assert refusal(tmp_path) == said
-
-
-@pytest.mark.parametrize(("label", "kind", "name"), [(1, "int64", "1"), ("cat", "string", "cat"), (0, ["a", "b"], "a")])
-def test_one_class_only(tmp_path, label, kind, name):
-    message = refusal(write(tmp_path / "a.parquet", labels=[label] * 20, kind=kind))
-    assert f"the training split has one class only ({name!r} in column 'label'); a classifier needs two" in message
-
-
-def test_negative_label(tmp_path):
-    path = write(tmp_path / "a.parquet", labels=[0, 1, 0, -3, *LABELS[4:]])
-    assert refusal(path).startswith(f"{path}: label -3 in row 3, column 'label', is below 0; labels count from 0.")
-
-
-@pytest.mark.parametrize(
-    ("train", "kind", "bad", "said"),
-    [
-        (
-            LABELS,
-            "int64",
-            2,
-            "label 2 in row 1 of split 'validation', column 'label', is none of the 2 classes '0' to",
-        ),
-        (LABELS, "int64", -1, "label -1 in row 1 of split 'validation'"),
-        (["a", "b"] * 10, "string", "c", "label 'c' in row 1 of split 'validation', column 'label', is none of the 2"),
-        (
-            LABELS,
-            ["a", "b"],
-            -1,
-            "label -1 in row 1 of split 'validation', column 'label', is none of the 2",
-        ),
-        (LABELS, "int64", None, "label None in row 1 of split 'validation', column 'label', is missing"),
-    ],
-)
-def test_label_out_of_range_names_split_and_row(tmp_path, train, kind, bad, said):
-    write(tmp_path / "train.parquet", labels=train, kind=kind)
-    write(tmp_path / "validation.parquet", COLOUR[:3], [train[0], bad, train[1]], kind)
-    message = refusal(tmp_path)
-    assert message.startswith(f"{tmp_path}: {said}")
-    assert message.endswith("Correct or remove that row")
-
-
-@pytest.mark.parametrize(("labels", "kind"), [(LABELS, "int64"), (["a", "b"] * 10, "string"), (LABELS, ["a", "b"])])
-def test_missing_label_names_the_row(tmp_path, labels, kind):
-    message = refusal(write(tmp_path / "a.parquet", labels=[*labels[:5], None, *labels[6:]], kind=kind))
-    assert "label None in row 5 of split 'train', column 'label', is missing" in message
-
-
-def test_labels_all_missing_or_of_a_useless_kind(tmp_path):
-    message = refusal(write(tmp_path / "a.parquet", labels=[None] * 20))
-    assert "all labels in column 'label' are missing; name another with --label_column" in message
-    message = refusal(write(tmp_path / "b.parquet", labels=[0.5] * 20, kind="float32"))
-    assert "column 'label' holds float32; labels are whole numbers or text" in message
-
-
-@pytest.mark.parametrize("in_memory", [True, False])
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (COLOUR[7][:60], "truncated"),
-        (b"hello", "no known image format"),
-        (b"", "no known image format"),
-        (encode(Image.fromarray(pixels(0).astype(np.uint16) * 257)), "more than 8 bits a channel, mode I;16"),
-    ],
-)
-def test_image_that_cannot_be_decoded_names_the_row(tmp_path, in_memory, data, reason):
-    path = write(tmp_path / "a.parquet", [*COLOUR[:7], data, *COLOUR[8:]])
-    message = refusal(path, in_memory)
-    assert message.startswith(f"{path}, split 'train', row 7: cannot be decoded (")
-    assert reason in message and message.endswith("; replace or remove it") and "object at" not in message
-
-
-def test_image_that_is_too_large_to_be_true(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    path = write(tmp_path / "a.parquet", [*COLOUR[:7], encode(pixels(0, 3, height=30, width=30)), *COLOUR[8:]])
-    assert "row 7: cannot be decoded (Image size (900 pixels)" in refusal(path)
-
-
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_missing_image_names_the_row(tmp_path, in_memory):
+def test_missing_image_names_the_row(tmp_path, way):
     path = write(tmp_path / "a.parquet", [*COLOUR[:7], None, *COLOUR[8:]])
-    assert refusal(path, in_memory) == f"{path}, split 'train', row 7: has no image; remove that row"
+    assert refusal(path).startswith(f"{path}, row 7: has no image. Correct or remove it")
+    data = load(path, on_bad_sample="skip")
+    assert sorted(numbers(data.train) + numbers(data.validation)) == [*range(7), *range(8, 20)]
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_bad_file_in_a_folder_of_images_is_named(tree, in_memory):
+def test_missing_image_in_a_folder_of_save_to_disk(tmp_path):
+    cells = [None if row == 7 else {"bytes": COLOUR[row], "path": None} for row in range(20)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    data = datasets.Dataset.from_dict({"image": cells, "label": LABELS}, features=features)
+    data.save_to_disk(str(tmp_path / "d"))
+    assert refusal(tmp_path / "d").startswith(f"{tmp_path / 'd'}, split 'train', row 7: has no image.")
+    loaded = load(tmp_path / "d", on_bad_sample="skip")
+    assert sorted(numbers(loaded.train) + numbers(loaded.validation)) == [*range(7), *range(8, 20)]
+
+
+def test_bad_file_in_a_folder_of_images_is_named(tree, way):
     path = tree / "train" / "dog" / "3.png"
     path.write_bytes(b"hello")
-    message = refusal(tree, in_memory)
-    assert str(path) in message and "cannot be decoded (no known image format)" in message
+    assert f": {path} cannot be decoded (no known image format)" in refusal(tree)
+    data = load(tree, on_bad_sample="skip")
+    assert sorted(numbers(data.train) + numbers(data.validation)) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert labels_of_numbers(data.train) and str(path) in data.skipped[0]
 
 
-def test_file_that_a_parquet_names_but_is_not_there(tmp_path):
+def test_file_that_a_parquet_names_but_is_not_there(tmp_path, way):
     column = [{"bytes": data, "path": None} for data in COLOUR[:-1]] + [{"bytes": None, "path": "/no/such.png"}]
-    pq.write_table(pa.table({"image": column, "label": LABELS}), tmp_path / "a.parquet")
-    message = refusal(tmp_path / "a.parquet")
-    assert message.endswith("row 19 (/no/such.png): cannot be read (No such file or directory)")
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": column, "label": LABELS}), path)
+    said = f"{path}, row 19: /no/such.png cannot be read (No such file or directory)"
+    assert refusal(path).startswith(said)
+    assert load(path, on_bad_sample="skip").skipped == [said]
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_images_of_different_sizes_name_the_row_and_the_way_out(tmp_path, in_memory):
+def test_file_that_a_table_beside_the_images_names_but_is_not_there(tmp_path):
+    folder = write_tree(tmp_path / "tree", (("train", 10),)) / "train"
+    names = [f"{'dog' if number % 2 else 'cat'}/{number}.png" for number in range(10)]
+    names[4] = "cat/99.png"
+    lines = [f"{name},{number % 2}" for number, name in enumerate(names)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+    assert f": {folder / 'cat' / '99.png'} cannot be read (No such file or directory)" in refusal(folder.parent)
+    data = load(folder.parent, on_bad_sample="skip")
+    assert sorted(numbers(data.train) + numbers(data.validation)) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    assert labels_of_numbers(data.train) and data.class_names == ["0", "1"]
+
+
+def test_bad_images_of_a_test_split_are_left_out_there(folder):
+    write(folder / "test.parquet", [*COLOUR[:2], b"", COLOUR[3]], [0, 1, 0, 1])
+    assert f"{folder / 'test.parquet'}, row 2: the image cannot be decoded" in refusal(folder)
+    data = load(folder, on_bad_sample="skip")
+    assert numbers(data.test) == [0, 1, 3] and labels_of_numbers(data.test)
+    assert numbers(data.train) and len(data.train) + len(data.validation) == 20
+
+
+def test_a_split_without_any_usable_image(folder):
+    write(folder / "test.parquet", [b"bad"] * 4, [0, 1, 0, 1])
+    assert refusal(folder, on_bad_sample="skip") == "split 'test' has no usable sample left, of 4"
+    write(folder / "train.parquet", [b"bad"] * 20)
+    assert refusal(folder, on_bad_sample="skip") == "split 'train' has no usable sample left, of 20"
+    assert f"{folder / 'train.parquet'}, row 0: the image cannot be decoded" in refusal(folder)
+
+
+def test_bad_images_that_leave_nothing_to_validate_on_or_one_class(tmp_path):
+    cut = load(write(tmp_path / "a.parquet")).validation.rows.tolist()
+    bad = [b"" if row in cut else COLOUR[row] for row in range(20)]
+    message = refusal(write(tmp_path / "b.parquet", bad), on_bad_sample="skip")
+    assert message == "split 'train' has no usable sample left for validation, of 2"
+    bad = [b"" if LABELS[row] and row not in cut else COLOUR[row] for row in range(20)]
+    message = refusal(write(tmp_path / "c.parquet", bad), on_bad_sample="skip")
+    assert "the training split has one class only ('0' in column 'label')" in message
+
+
+@pytest.mark.parametrize("skip", ["stop", "skip"])
+def test_images_of_different_sizes_name_the_row_and_the_way_out(tmp_path, way, skip):
     path = write(tmp_path / "a.parquet", [*COLOUR[:7], encode(pixels(0, 3, height=5, width=5)), *COLOUR[8:]])
-    assert refusal(path, in_memory) == (
-        f"{path}, split 'train', row 7: is 5 x 5 pixels (height x width), the first image of the split 4 x 6; give "
-        "--image_size N to scale all to N x N"
+    assert refusal(path, on_bad_sample=skip) == (
+        f"{path}, row 7: the image is 5 x 5 pixels (height x width), the first image 4 x 6; give --image_size N to "
+        "scale all to N x N"
     )
-    assert load(path, in_memory, image_size=4).input_shape == (3, 4, 4)
+    assert load(path, image_size=4).inputs.shape == (3, 4, 4)
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_splits_of_different_sizes(folder, in_memory):
+def test_splits_of_different_sizes(folder):
     write(folder / "test.parquet", [encode(pixels(0, 3, height=5, width=5))] * 4, [0, 1, 0, 1])
-    message = refusal(folder, in_memory)
-    assert "the splits have images of different sizes, 4 x 6 and 5 x 5 pixels (height x width)" in message
-    assert "--image_size" in message
+    assert f"{folder / 'test.parquet'}, row 0: the image is 5 x 5 pixels" in refusal(folder)
 
 
-@pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_split_without_rows(folder, split):
-    empty = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}).arrow_schema
-    pq.ParquetWriter(folder / f"{split}.parquet", empty).close()
-    assert refusal(folder) == f'{folder}: split "{split}" has no rows; fill it or remove it'
+def test_an_image_that_goes_bad_during_a_run_is_named(tree, monkeypatch):
+    monkeypatch.setattr(cache, "LARGEST", 0)
+    data = load(tree)
+    for path in (tree / "train").rglob("*.png"):
+        path.write_bytes(b"gone")
+    with pytest.raises(DataError, match=r"row \d+: .*\.png cannot be decoded \(no known"):
+        everything(data.train)
 
 
-def test_file_with_an_empty_group_of_rows(tmp_path):
-    path = write(tmp_path / "a.parquet", [], [])
-    assert refusal(path) == f"{path}: a Parquet file has no rows; fill it or remove it"
+DAMAGED = [
+    encode(image, kind)
+    for image, kind in [
+        (pixels(0, 3), "PNG"),
+        (pixels(0, 3), "JPEG"),
+        (pixels(0, 3), "GIF"),
+        (pixels(0, 3), "BMP"),
+        (pixels(0, 3), "WEBP"),
+        (pixels(0).astype(np.uint16), "PNG"),
+        (pixels(0, 2), "PNG"),
+        (pixels(0, 3), "TIFF"),
+    ]
+]
 
 
-def test_split_without_rows_from_a_source_that_allows_it(monkeypatch):
-    empty = datasets.Dataset.from_dict({"image": [], "label": []})
-    monkeypatch.setattr(images, "_open", lambda source: {"train": empty})
-    assert refusal("made") == "made: split 'train' has no rows; fill it or remove it"
-
-
-@pytest.mark.parametrize("part", ["train", "validation", "test"])
-def test_no_such_split(file, part):
-    said = f"{file}: has no split 'dev', only train; name one with --{part}_split"
-    assert refusal(file, **{part: "dev"}) == said
-
-
-@pytest.mark.parametrize("fraction", [-0.1, 0.0, 1.0, 1.5, float("nan")])
-def test_impossible_validation_fraction(fraction):
-    assert refusal("unopened", validation_fraction=fraction) == (
-        f"--validation_fraction {fraction}: must be above 0 and below 1"
-    )
-
-
-@pytest.mark.parametrize("size", [0, -8])
-def test_impossible_image_size(size):
-    assert refusal("unopened", image_size=size) == f"--image_size {size}: must be 1 or more"
-
-
-def test_too_few_samples_to_cut_a_validation_split(tmp_path):
-    message = refusal(write(tmp_path / "a.parquet", COLOUR[:2], [0, 1]))
-    assert "no class has the two samples" in message and "--validation_split" in message
-
-
-def test_splits_that_do_not_fit_together_say_why(folder):
-    write(folder / "test.parquet", COLOUR[:2], ["a", "b"], "string")
-    message = refusal(folder)
-    assert "cannot be opened: Failed to parse string: '" in message and "as a scalar of type int64" in message
+@settings(deadline=None, max_examples=120)
+@given(
+    st.sampled_from(DAMAGED), st.lists(st.tuples(st.integers(0, 999), st.integers(0, 255)), max_size=4), st.floats(0, 1)
+)
+def test_damage_of_any_kind_is_a_bad_image_and_nothing_else(encoded, changes, kept):
+    damaged = bytearray(encoded)
+    for place, value in changes:
+        damaged[place % len(damaged)] = value
+    damaged = bytes(damaged[: round(kept * len(damaged))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert color_mode([damaged]) in ("L", "RGB")
+        for use in (upright_size, Decoder("RGB", HEIGHT, WIDTH, False).decode):
+            said = ""
+            try:
+                use(damaged)
+            except (BadImageError, DataError) as error:  # the latter where only the size was hit
+                said = str(error)
+            assert "\n" not in said

@@ -84,6 +84,69 @@ def test_mlp_for_points_is_2_32_2():
     assert any(isinstance(layer, nn.ReLU) for layer in model.modules())
 
 
+def test_mlp_without_categories_has_the_names_and_initial_weights_of_its_two_layers():
+    torch.manual_seed(3)
+    model = MLP((2, 3), 4, 5)
+    torch.manual_seed(3)
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    assert [name for name, _ in model.named_modules()] == ["", "layers", *(f"layers.{place}" for place in range(4))]
+    for (name, parameter), (expected_name, expected) in zip(
+        model.state_dict().items(), layers.state_dict().items(), strict=True
+    ):
+        assert name == f"layers.{expected_name}" and torch.equal(parameter, expected)
+    inputs = torch.randn(7, 2, 3)
+    assert torch.equal(model(inputs), layers(inputs))
+    assert torch.equal(model(inputs, torch.zeros(7, 0, dtype=torch.int64)), layers(inputs))
+
+
+def test_mlp_embeds_each_category_in_half_its_size_and_at_most_16():
+    model = MLP((3,), 2, 8, category_sizes=(1, 2, 3, 10, 31, 33, 5000))
+    embeddings = [(layer.num_embeddings, layer.embedding_dim) for layer in model.embeddings]
+    assert embeddings == [(1, 1), (2, 1), (3, 2), (10, 5), (31, 16), (33, 16), (5000, 16)]
+    assert layers(model) == [("linear", 3 + 1 + 1 + 2 + 5 + 16 + 16 + 16, 8), ("linear", 8, 2)]
+
+
+@pytest.mark.parametrize("shape", [(3,), (0,), (2, 2)])
+def test_mlp_appends_the_embeddings_to_the_inputs(shape):
+    torch.manual_seed(0)
+    model = MLP(shape, 2, 8, category_sizes=(4, 6))
+    inputs, categories = torch.randn(5, *shape), torch.tensor([[0, 0], [1, 5], [3, 2], [3, 5], [2, 1]])
+    parts = [inputs.flatten(1), *(layer.weight[categories[:, k]] for k, layer in enumerate(model.embeddings))]
+    assert torch.equal(model(inputs, categories), model.layers(torch.cat(parts, dim=1)))
+
+
+def test_mlp_learns_of_each_category_only_from_its_samples():
+    torch.manual_seed(0)
+    model = MLP((3,), 2, 8, category_sizes=(4, 6))
+    model(torch.randn(2, 3), torch.tensor([[0, 5], [2, 5]])).square().sum().backward()
+    touched = [layer.weight.grad.ne(0).any(dim=1).nonzero()[:, 0].tolist() for layer in model.embeddings]
+    assert touched == [[0, 2], [5]]
+    assert all(parameter.grad.ne(0).any() for parameter in model.parameters())
+
+
+def test_mlp_takes_an_unknown_category_for_none():
+    model = MLP((3,), 2, 8, category_sizes=(4, 6))
+    assert all(layer.weight[0].eq(0).all() and layer.weight[1:].ne(0).all() for layer in model.embeddings)
+    assert all(layer.weight.requires_grad and layer.weight.is_leaf for layer in model.embeddings)
+
+
+@pytest.mark.parametrize("sizes", [(), (4, 6)])
+def test_mlp_compiles_to_one_graph(sizes):
+    torch.manual_seed(0)
+    model = MLP((3,), 2, 8, category_sizes=sizes)
+    inputs, categories = torch.randn(5, 3), torch.ones(5, len(sizes), dtype=torch.int64)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(inputs, categories), model(inputs, categories))
+
+
+@pytest.mark.parametrize(("sizes", "given"), [((), 1), ((4,), None), ((4,), 0), ((4, 6), 1), ((4,), 2)])
+def test_mlp_takes_as_many_categories_as_it_was_made_for(sizes, given):
+    model = MLP((3,), 2, 8, category_sizes=sizes)
+    categories = None if given is None else torch.zeros(5, given, dtype=torch.int64)
+    with pytest.raises(AssertionError, match="one column of categories for each embedding"):
+        model(torch.randn(5, 3), categories)
+
+
 def test_mnist_cnn_has_the_layers_that_were_promised():
     model = MnistCNN()
     assert layers(model) == [

@@ -21,13 +21,17 @@ class Case:
     epoch: int
     start: int  # at the border of a batch, the end of the epoch included
 
+    def order(self, epoch):
+        """Return the order of an epoch."""
+        return epoch_order(self.seed, epoch, self.num_samples)
+
     def shares(self, processes, start=0):
         """Return, for each process, its batches as (size, [(slot, count, indices)])."""
         return [
             [
                 (plan.size, [(slot.number, slot.count, slot.indices.tolist()) for slot in plan.slots])
                 for plan in BatchSampler(
-                    self.num_samples, self.batch_size, self.slots, rank, processes, self.seed
+                    self.order, self.num_samples, self.batch_size, self.slots, rank, processes
                 ).batches(self.epoch, start)
             ]
             for rank in range(processes)
@@ -77,6 +81,18 @@ def test_batches_are_full_up_to_the_last_and_follow_the_order(case):
         assert [index for _, count, indices in slots for index in indices[:count]] == expected
         assert size == len(expected)
         assert size == case.batch_size or number == len(batches) - 1
+
+
+def test_any_order_is_taken_as_it_is():
+    asked = []
+
+    def order(epoch):
+        asked.append(epoch)
+        return torch.tensor([4, 0, 4, 2, 1])  # a balanced order repeats samples and leaves others out
+
+    plans = list(BatchSampler(order, 5, 2, 1, 0, 1).batches(7, 2))
+    assert [plan.slots[0].indices.tolist() for plan in plans] == [[4, 2], [1]]
+    assert asked == [7]  # once an epoch: it may be dear
 
 
 @quick

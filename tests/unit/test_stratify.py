@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_modules.stratify import stratified_parts
+from data_modules.stratify import class_weights, stratified_parts
 
 FRACTIONS = [(0.9, 0.1), (0.7, 0.15, 0.15), (0.1, 0.9), (0.2, 0.4, 0.4), (0.02, 0.49, 0.49), (1.0,)]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=80), st.sampled_from(FRACTIONS), st.integers(0, 2**63 - 1))
 def test_parts_hold_every_sample_once_and_every_class_in_its_share(values, fractions, seed):
     labels = torch.tensor(values)
@@ -48,3 +48,20 @@ def test_cut_is_shuffled_and_fixed_by_the_seed():
 def test_fractions_must_add_up_to_one():
     with pytest.raises(AssertionError):
         stratified_parts(torch.zeros(10, dtype=torch.int64), (0.5, 0.4), 0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=80), st.integers(5, 8))
+def test_weights_even_classes_out_and_are_one_on_average(values, num_classes):
+    labels = torch.tensor(values)
+    weights = class_weights(labels, num_classes)
+    assert weights.shape == (num_classes,) and weights.dtype == torch.float32
+    assert float(weights[labels].double().mean()) == pytest.approx(1, rel=1e-5)
+    totals = {round(float(weights[label]) * values.count(label), 3) for label in set(values)}
+    assert max(totals) - min(totals) <= 0.002
+    absent = [number for number in range(num_classes) if number not in values]
+    assert weights[absent].eq(0).all()
+
+
+def test_weights_are_inverse_to_the_frequency():
+    assert class_weights(torch.tensor([0, 0, 0, 2]), 3).tolist() == pytest.approx([2 / 3, 0.0, 2.0])

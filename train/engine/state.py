@@ -39,6 +39,7 @@ class Progress:
     metrics_step: int | None = None  # step of the latest evaluation
     metrics_bytes: int = 0  # length of metrics.jsonl
     train_seconds: float = 0.0
+    stream: dict[str, Any] | None = None  # where in a stream the current block of samples begins
     finished: bool = False
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     plateau: Plateau = field(default_factory=Plateau)

@@ -1,0 +1,103 @@
+"""Which columns hold the samples and the labels, and so what kind of task it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from data_modules.errors import DataError
+from data_modules.options import DataOptions, Task
+from data_modules.rows import Rows
+
+LABEL_NAMES = ("label", "labels", "target", "class")
+WORDS_OF_A_TEXT = 4  # a column whose cells have fewer words on average holds categories
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of a data set are for."""
+
+    task: Task
+    inputs: list[str]
+    label: str
+
+
+def find_columns(source: str, rows: Rows, options: DataOptions) -> Columns:
+    """Find out what the user has not said.
+
+    Raises:
+        DataError: a named column does not exist or is of the wrong type, or there is more than one way to read the
+            data; says which columns there are and which flag decides.
+    """
+    names = rows.data.column_names
+    for name in (*options.input_columns, *options.categorical_columns, options.label_column):
+        if name is not None and name not in names:
+            raise DataError(f"{source}: has no column {name!r}; its columns are {', '.join(names)}")
+    kinds = {name: _kind(rows, name) for name in names}
+    label = options.label_column or _find_label(source, rows, kinds, options)
+    inputs = list(options.input_columns) or [name for name in names if name != label]
+    if label in inputs:
+        raise DataError(
+            f"{source}: column {label!r} is the label and cannot be an input; name another with --label_column"
+        )
+    of_kind = {kind: [name for name in inputs if kinds[name] == kind] for kind in ("image", "points", "text")}
+    task = options.task
+    if task == "auto":
+        task = next((kind for kind in ("image", "points") if of_kind[kind]), "table")
+        if task == "table" and of_kind["text"]:
+            if len(inputs) > 1:
+                text = of_kind["text"][0]
+                others = ", ".join(name for name in inputs if name != text)
+                raise DataError(
+                    f"{source}: column {text!r} holds text, and there is {others} besides. For the text alone: --task "
+                    f"text --input_columns {text}. As a table: --task table, with the columns to use in --input_columns"
+                )
+            task = "text"
+    if task == "table":
+        return Columns("table", inputs, label)
+    fitting = of_kind["text"] if task == "text" else of_kind[task]
+    if task == "text" and not fitting:
+        fitting = [name for name in inputs if kinds[name] == "category"]
+    if len(fitting) != 1:
+        what = {"image": "image", "points": "column with lists of numbers", "text": "text"}[task]
+        problem = f"more than one {what} column ({', '.join(fitting)})" if fitting else f"no {what} column"
+        raise DataError(f"{source}: {problem} among {', '.join(inputs)}; name it with --input_columns")
+    return Columns(task, fitting, label)  # type: ignore[arg-type]
+
+
+def _kind(rows: Rows, name: str) -> str:
+    feature = rows.data.features[name]
+    if holds_images(feature):
+        return "image"
+    if isinstance(feature, list) or type(feature).__name__ in ("List", "LargeList", "Sequence", "Array2D"):
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        number = str(getattr(inner, "dtype", "")).startswith(("int", "uint", "float"))
+        return "points" if number else "other"
+    if getattr(feature, "dtype", None) in ("string", "large_string"):
+        # Some of them, at equal distances: files are often sorted.
+        column = rows.data.select_columns([name])  # a row of all columns would decode its image
+        cells = [cell for cell in column[:: max(1, len(rows) // 256)][name] if cell]
+        words = sum(len(cell.split()) for cell in cells) / max(1, len(cells))
+        return "text" if words >= WORDS_OF_A_TEXT else "category"
+    return "number"
+
+
+def holds_images(feature: Any) -> bool:
+    """Say whether a column holds images, also where the file was written by other tools than `datasets`."""
+    as_struct = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+    return (
+        type(feature).__name__ == "Image" or as_struct or getattr(feature, "dtype", None) in ("binary", "large_binary")
+    )
+
+
+def _find_label(source: str, rows: Rows, kinds: dict[str, str], options: DataOptions) -> str:
+    rest = [name for name in rows.data.column_names if name not in options.input_columns]
+    classes = [name for name in rest if type(rows.data.features[name]).__name__ == "ClassLabel"]
+    usual = [name for name in LABEL_NAMES if name in rest]
+    for found in (classes, usual):
+        if len(found) == 1:
+            return found[0]
+    rest = [name for name in rest if kinds[name] != "image"]
+    if not rest:
+        raise DataError(f"{source}: has no labels; in a folder of images, each class is a folder of its own")
+    raise DataError(f"{source}: which of the columns {', '.join(rest)} is the label? Name it with --label_column")

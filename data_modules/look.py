@@ -1,0 +1,98 @@
+"""The look before a run: what the network is about to see, as text and as a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from data_modules.splits import DataModule, Slot
+from data_modules.tables import TablePreprocessing, table_statistics
+from data_modules.text import TextPreprocessing, sample_lines
+
+if TYPE_CHECKING:
+    from data_modules.loader import TrainingLoader
+    from data_modules.stream import StreamLoader
+
+UNEVEN = 10  # the largest class has so many times the samples of the smallest: worth a warning
+SHOWN = 5  # texts
+
+
+def look_at_data(data: DataModule, loader: TrainingLoader | StreamLoader, run: Path | None) -> None:
+    """Print what the first batch and the classes look like; with a run's folder, keep that and a picture there."""
+    # In this process: starting loader processes for one batch would take longer than the batch.
+    slot = next(dataclasses.replace(loader, num_workers=0).batches(0, 0)).slots[0]
+    lines = [*_describe_batch(data, slot), *_describe_classes(data)]
+    preprocessing = data.preprocessing
+    train = data.train
+    rows = torch.arange(len(train)) if train.rows is None else train.rows
+    if isinstance(preprocessing, TablePreprocessing):
+        lines += table_statistics(preprocessing, train.samples, rows)  # type: ignore[arg-type]
+    if isinstance(preprocessing, TextPreprocessing):
+        shown = torch.arange(0, len(train), max(1, len(train) // SHOWN))[:SHOWN]
+        labels = train.labels[shown]
+        lines += sample_lines(preprocessing, train.samples, rows[shown], data.class_names, labels)  # type: ignore[arg-type]
+    print("\n".join(lines), flush=True)
+    if run is None:
+        return
+    (run / "data.txt").write_text("\n".join([*data.notes, *lines, ""]), encoding="utf-8")
+    if data.skipped:
+        (run / "skipped_samples.txt").write_text("\n".join([*data.skipped, ""]), encoding="utf-8")
+    if data.inputs.task == "image":
+        draw_batch(data, slot, run / "plots" / "first_batch.png")
+
+
+def _describe_batch(data: DataModule, slot: Slot) -> list[str]:
+    lines = []
+    for name in data.inputs.names:
+        tensor = slot.batch[name][: slot.count]
+        if not tensor.numel():
+            continue
+        values, kind = tensor.double(), str(tensor.dtype).removeprefix("torch.")
+        lines.append(
+            f"first batch, {name}: {kind} {list(tensor.shape)}, min {values.min():.4g}, max {values.max():.4g}, mean "
+            f"{values.mean():.4g}, std {values.std():.4g}"
+        )
+    return lines
+
+
+def _describe_classes(data: DataModule) -> list[str]:
+    counts = torch.bincount(data.train.labels, minlength=len(data.class_names))
+    order = counts.argsort(descending=True, stable=True).tolist()
+    shown = [f"{data.class_names[number]} {counts[number]:,}" for number in order]
+    if len(shown) > 12:
+        shown = [*shown[:6], "...", *shown[-5:]]
+    lines = [f"classes: {', '.join(shown)}"]
+    present = counts[counts > 0]
+    if present.max() >= UNEVEN * present.min():
+        lines.append(
+            f"warning: the largest class has {present.max() / present.min():.0f} times the samples of the smallest; "
+            "--class_balance weights or --class_balance sampler evens them out"
+        )
+    return lines
+
+
+def draw_batch(data: DataModule, slot: Slot, path: Path) -> None:
+    """Save a grid of up to 64 images of a batch with their labels, as they enter the network but for the colours."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    images_BCHW = slot.batch["inputs"][: min(slot.count, 64)].float().cpu()
+    if data.normalization is not None:
+        mean, std = (
+            torch.tensor(values)[:, None, None] for values in (data.normalization.mean, data.normalization.std)
+        )
+        images_BCHW = images_BCHW * std + mean
+    columns = 8
+    rows = -(-len(images_BCHW) // columns)
+    figure = Figure(figsize=(columns * 1.2, rows * 1.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for position, image_CHW in enumerate(images_BCHW.clamp(0, 1)):
+        axes = figure.add_subplot(rows, columns, position + 1)
+        axes.imshow(image_CHW.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+        axes.set_title(data.class_names[int(slot.batch["labels"][position])][:16], fontsize=7)
+        axes.set_axis_off()
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=100)

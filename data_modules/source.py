@@ -1,0 +1,325 @@
+"""Opening what `--dataset` names: a hub id, files, globs, folders of images, or a folder written by save_to_disk."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from data_modules.errors import DataError
+from data_modules.options import DataOptions
+from data_modules.rows import Rows
+
+WANTED = (
+    "Embedded: digits, blobs, breast_cancer, wine. Otherwise give a folder of images, a .csv, .tsv, .parquet or .jsonl "
+    "file, folder or glob, or a hub id"
+)
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+BUILDERS = {".parquet": "parquet", ".jsonl": "json"}
+IMAGE_FILES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+BLOCK = 1 << 26  # bytes of a CSV file that are read at a time; a row must fit in
+MISSING = ["", "NA", "N/A", "n/a", "null", "NULL", "None", "?"]  # cells of a table without a value
+# Which split a file belongs to, by a word in its name or its folders'; the words are those of `datasets`.
+SPLIT_WORD = re.compile(r"(?:^|[-_./ ])(train|training|validation|valid|val|dev|test|testing)(?=[-_./ 0-9]|$)")
+SPLIT_OF_WORD = {
+    "training": "train",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "testing": "test",
+}
+
+# A file and, for each of its rows, the number by which messages name it: ("pets.csv", "line", [2, 3, 5]).
+Piece = tuple[str, str, Sequence[int]]
+
+
+def open_source(options: DataOptions) -> dict[str, Rows]:
+    """Open all splits.
+
+    Raises:
+        DataError: there is no such thing, it is empty, or it cannot be read; says which file, row and why.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(50)  # what goes wrong is said once, by us
+    source = options.dataset
+    skip = options.on_bad_sample == "skip"
+    try:
+        path = Path(source).expanduser()
+        exists = path.exists()
+        saved = any((path / name).exists() for name in ("dataset_dict.json", "state.json"))  # by save_to_disk
+    except (OSError, RuntimeError) as error:  # a name that is too long, a closed folder, no such user
+        raise DataError(f"--dataset {source[:100]}: cannot be opened: {getattr(error, 'strerror', error)}") from error
+    if not exists and any(sign in source for sign in "*?["):
+        return _open_files(source, sorted(glob.glob(str(path), recursive=True)), options)
+    if path.is_file():
+        return _open_files(source, [str(path)], options)
+    if path.is_dir():
+        if saved:
+            if options.streaming:
+                raise DataError(
+                    f"--streaming: {source} was written by save_to_disk and is read as it is needed; leave it out"
+                )
+            return _wrap(source, _guard(source, options, lambda: datasets.load_from_disk(str(path))), {}, skip)
+        kinds = _kinds_in(path)
+        tables = kinds & {*DELIMITERS, *BUILDERS}
+        if not kinds & IMAGE_FILES and (len(tables) > 1 or tables & {*DELIMITERS}):
+            return _open_files(source, sorted(_files_of(path, tables)), options)
+        if not kinds & {*BUILDERS, *IMAGE_FILES, *DELIMITERS, ".zip", ".tar", ".arrow"}:
+            found = f"files of the kinds {', '.join(sorted(kinds))}" if kinds else "no file"
+            raise DataError(f"--dataset {source}: the folder holds {found}. {WANTED}")
+        if any(sign in str(path) for sign in "*?["):
+            raise DataError(
+                f"--dataset {source}: `datasets` takes [, * and ? in a folder's path for a pattern; rename it"
+            )
+        return _build(source, options, str(path))
+    if source.count("/") > 1 or source.startswith((".", "/", "~")) or path.suffix.lower() in {*DELIMITERS, *BUILDERS}:
+        raise DataError(f"--dataset {source}: no such file or folder")
+    return _build(source, options, source)
+
+
+def _kinds_in(folder: Path, most: int = 10_000) -> set[str]:
+    """Return the suffixes of the files in a folder, looking at no more than `most` of them."""
+    return {Path(file).suffix.lower() for file in islice(_files_in(folder), most)}
+
+
+def _files_of(folder: Path, kinds: set[str]) -> list[str]:
+    return [file for file in _files_in(folder) if Path(file).suffix.lower() in kinds]
+
+
+def _files_in(folder: Path) -> Iterator[str]:
+    """Yield the files in a folder and below; hidden ones, such as an editor's copies, are no data."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(place, name) for name in files if not name.startswith("."))
+
+
+def _open_files(source: str, files: list[str], options: DataOptions) -> dict[str, Rows]:
+    """Open files of one kind; each belongs to the split that a word in its path names, else to train."""
+    if not files:
+        raise DataError(f"--dataset {source}: no file matches")
+    kinds = {Path(file).suffix.lower() for file in files}
+    if len(kinds) > 1:
+        raise DataError(f"--dataset {source}: files of several kinds, {', '.join(sorted(kinds))}; name one with a glob")
+    kind = kinds.pop()
+    if kind not in DELIMITERS and kind not in BUILDERS:
+        raise DataError(f"--dataset {source}: cannot open {kind or 'such'} files. {WANTED}")
+    base = os.path.commonpath([str(Path(file).parent) for file in files])
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        inside = os.path.relpath(file, base).lower()
+        words = SPLIT_WORD.findall(inside.removesuffix(kind)) if len(files) > 1 else []
+        word = words[-1] if words else "train"
+        by_split.setdefault(SPLIT_OF_WORD.get(word, word), []).append(file)
+    if kind in BUILDERS:
+        for file in files:
+            if os.path.isfile(file) and os.path.getsize(file) == 0:
+                raise DataError(f"{file}: is empty")
+        return _build(source, options, BUILDERS[kind], by_split)
+    return {split: _read_tables(split, members, DELIMITERS[kind], options) for split, members in by_split.items()}
+
+
+# ---- through `datasets` ----------------------------------------------------------------------------------------------
+
+
+def _build(source: str, options: DataOptions, what: str, files: dict[str, list[str]] | None = None) -> dict[str, Rows]:
+    import datasets
+
+    def load() -> tuple[Any, Any]:
+        name = options.dataset_config
+        # What is in a path is no pattern here: those were resolved.
+        exact = files and {split: [glob.escape(file) for file in members] for split, members in files.items()}
+        builder = datasets.load_dataset_builder(what, name, data_files=exact, revision=options.revision)
+        if options.streaming:
+            return builder, builder.as_streaming_dataset()
+        builder.download_and_prepare()
+        return builder, builder.as_dataset()
+
+    builder, splits = _guard(source, options, load)
+    members = {str(split): list(paths) for split, paths in (builder.config.data_files or {}).items()}
+    return _wrap(source, splits, members, options.on_bad_sample == "skip")
+
+
+def _guard(source: str, options: DataOptions, load: Callable[[], Any]) -> Any:
+    """Run what opens a data set, and turn whatever it raises into one message."""
+    import datasets
+
+    try:
+        return load()
+    except Exception as error:  # datasets raises many kinds for the same thing: it cannot be opened
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        reason = (str(cause or error).strip().splitlines() or [type(error).__name__])[0].rstrip(".!")
+        # What it says of Parquet files without a group of rows, and with a group without rows.
+        empty = re.search("Instruction (.+) corresponds to no data|BatchSize must be greater than 0", reason)
+        if empty:
+            what = f"split {empty[1]}" if empty[1] else "a Parquet file"
+            raise DataError(f"{source}: {what} has no rows; fill it or remove it") from error
+        if Path(source).expanduser().exists() or any(sign in source for sign in "*?["):
+            raise DataError(f"--dataset {source}: cannot be opened: {reason}. {WANTED}") from error
+        if options.dataset_config is not None or options.revision is not None:
+            raise DataError(f"--dataset {source}: {reason}") from error
+        raise DataError(f"--dataset {source}: is no path, and on the hub: {reason}. {WANTED}") from error
+
+
+def _wrap(source: str, opened: Any, files: dict[str, list[str]], skip: bool) -> dict[str, Rows]:
+    splits = dict(opened) if isinstance(opened, dict) else {"train": opened}
+
+    def place(split: str) -> Callable[[int], str]:
+        members = files.get(split, [])
+        local = all(Path(file).suffix.lower() in BUILDERS and os.path.exists(file) for file in members)
+        pieces = cache(lambda: [_piece_of(file) for file in members] if local else [])  # found when first asked for
+        return lambda row: _locate(pieces(), row) or f"{source}, split {split!r}, row {row}"
+
+    return {str(name): Rows(str(name), split, place(str(name)), skip) for name, split in splits.items()}
+
+
+def _piece_of(file: str) -> Piece:
+    if file.lower().endswith(".parquet"):
+        import pyarrow.parquet as pq
+
+        return file, "row", range(pq.ParquetFile(file).metadata.num_rows)
+    with open(file, "rb") as lines:
+        return file, "line", [number for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _locate(pieces: list[Piece], row: int) -> str | None:
+    for file, word, numbers in pieces:
+        if row < len(numbers):
+            return f"{file}, {word} {numbers[row]}"
+        row -= len(numbers)
+    return None
+
+
+# ---- CSV and TSV -----------------------------------------------------------------------------------------------------
+
+
+def _read_tables(split: str, files: list[str], delimiter: str, options: DataOptions) -> Rows:
+    """Read CSV files of one split. Types are found from all cells; `MISSING` cells become null."""
+    import datasets
+    import pyarrow as pa
+
+    if options.streaming:
+        raise DataError(
+            f"--streaming: {options.dataset} holds text tables, which are read whole; use .parquet or .jsonl"
+        )
+    tables: list[Any] = []
+    dropped, not_utf8 = [], []
+    for file in files:
+        table, lines, is_utf8 = _read_table(file, delimiter, options.on_bad_sample == "skip")
+        if not is_utf8:
+            before = sum(earlier.num_rows for earlier in tables)
+            not_utf8 += [before + row for row in _rows_with(table, "\ufffd")]
+        tables.append(table)
+        dropped += lines
+    first = tables[0].column_names
+    for file, table in zip(files, tables):
+        if table.column_names != first:
+            raise DataError(
+                f"{file}: has the columns {', '.join(table.column_names)}, but {files[0]} has {', '.join(first)}; "
+                "the files of a split need the same columns in the same order"
+            )
+    try:
+        whole = pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # numbers in one file, text in another
+        as_text = pa.schema([(name, pa.string()) for name in first])
+        whole = pa.concat_tables([table.cast(as_text) for table in tables])
+    # Found when first asked for: it takes reading the files once more.
+    pieces = cache(lambda: [_piece_of_table(file, delimiter, table) for file, table in zip(files, tables)])
+    rows = Rows(
+        split, datasets.Dataset(whole), lambda row: str(_locate(pieces(), row)), options.on_bad_sample == "skip"
+    )
+    rows.dropped.extend(dropped)
+    for row in not_utf8:
+        rows.reject(row, "is not UTF-8; convert the file: iconv -f LATIN1 -t UTF-8")
+    return rows
+
+
+def _read_table(file: str, delimiter: str, skip: bool) -> tuple[Any, list[str], bool]:
+    """Return a typed table, messages of lines left out for their number of cells, and whether the file is UTF-8."""
+    import pyarrow as pa
+    from pyarrow import csv as arrow_csv
+
+    try:
+        content = Path(file).read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+    if not content.removeprefix(b"\xef\xbb\xbf").strip():
+        raise DataError(f"{file}: is empty")
+    if b"\0" in content:
+        raise DataError(f"{file}: is no text: it holds zero bytes. Convert it to UTF-8 text")
+    is_utf8 = True
+    try:
+        content.decode()
+    except UnicodeDecodeError:  # the rows in question are found by the sign that takes the place of such bytes
+        is_utf8 = False
+        content = content.decode(errors="replace").encode()
+    _, header = next(_records(file, delimiter))
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(f"{file}: column {twice[0]!r} is there {header.count(twice[0])} times; rename or remove one")
+    bad_shape = []
+
+    def refuse_or_skip(row: Any) -> str:
+        bad_shape.append(row)
+        return "skip"
+
+    try:
+        table = arrow_csv.read_csv(
+            io.BytesIO(content),
+            read_options=arrow_csv.ReadOptions(block_size=BLOCK),
+            parse_options=arrow_csv.ParseOptions(
+                delimiter=delimiter, newlines_in_values=True, invalid_row_handler=refuse_or_skip
+            ),
+            convert_options=arrow_csv.ConvertOptions(null_values=MISSING, strings_can_be_null=True),
+        )
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from error
+    messages = []
+    if bad_shape:
+        for line, cells in _records(file, delimiter):
+            if len(cells) != len(header):
+                text = f"{file}, line {line}: has {len(cells)} cells, the header has {len(header)}"
+                if not skip:
+                    raise DataError(f"{text}. Correct or remove it, or leave it out with --on_bad_sample skip")
+                messages.append(text)
+        if len(messages) != len(bad_shape):
+            raise DataError(f"{file}: its lines cannot be told apart; look for a quotation mark that is not closed")
+    return table, messages, is_utf8
+
+
+def _records(file: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number of the line on which each record begins, from 1 on, and its cells; the header is first."""
+    csv.field_size_limit(BLOCK)
+    with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
+        reader = csv.reader(lines, delimiter=delimiter)
+        line = 1
+        for cells in reader:
+            if cells:  # an empty line is no record
+                yield line, cells
+            line = reader.line_num + 1
+
+
+def _piece_of_table(file: str, delimiter: str, table: Any) -> Piece:
+    cells_of_row = len(table.column_names)
+    numbers = [line for line, cells in _records(file, delimiter) if len(cells) == cells_of_row][1:]
+    return (file, "line", numbers) if len(numbers) == len(table) else (file, "row", range(len(table)))
+
+
+def _rows_with(table: Any, sign: str) -> list[int]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    found: set[int] = set()
+    for column in table.columns:
+        if pa.types.is_string(column.type):
+            hit = pc.fill_null(pc.match_substring(column, sign), False)
+            found |= set(pc.indices_nonzero(hit).to_pylist())
+    return sorted(found)
