@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image, ImageDraw
 
 from data_modules.splits import DataModule, Slot
 from data_modules.tables import TablePreprocessing, table_statistics
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 UNEVEN = 10  # the largest class has so many times the samples of the smallest: worth a warning
 SHOWN = 5  # texts
+COLUMNS, CELL = 8, 64  # images in a row of the picture, and pixels that a small one is enlarged to
 
 
 def look_at_data(data: DataModule, loader: TrainingLoader | StreamLoader, run: Path | None) -> None:
@@ -76,23 +78,23 @@ def _describe_classes(data: DataModule) -> list[str]:
 
 def draw_batch(data: DataModule, slot: Slot, path: Path) -> None:
     """Save a grid of up to 64 images of a batch with their labels, as they enter the network but for the colours."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     images_BCHW = slot.batch["inputs"][: min(slot.count, 64)].float().cpu()
     if data.normalization is not None:
         mean, std = (
             torch.tensor(values)[:, None, None] for values in (data.normalization.mean, data.normalization.std)
         )
         images_BCHW = images_BCHW * std + mean
-    columns = 8
-    rows = -(-len(images_BCHW) // columns)
-    figure = Figure(figsize=(columns * 1.2, rows * 1.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for position, image_CHW in enumerate(images_BCHW.clamp(0, 1)):
-        axes = figure.add_subplot(rows, columns, position + 1)
-        axes.imshow(image_CHW.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
-        axes.set_title(data.class_names[int(slot.batch["labels"][position])][:16], fontsize=7)
-        axes.set_axis_off()
+    pixels_BHWC = (images_BCHW.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    height, width = pixels_BHWC.shape[1:3]
+    enlarge = max(1, CELL // max(height, width))
+    cell_width, cell_height = max(width * enlarge, CELL) + 8, height * enlarge + 20
+    grid = Image.new("RGB", (COLUMNS * cell_width, -(-len(pixels_BHWC) // COLUMNS) * cell_height), "white")
+    pen = ImageDraw.Draw(grid)
+    for position, pixels_HWC in enumerate(pixels_BHWC):
+        left, top = position % COLUMNS * cell_width + 4, position // COLUMNS * cell_height
+        image = Image.fromarray(pixels_HWC.squeeze(-1) if pixels_HWC.shape[-1] == 1 else pixels_HWC)
+        label = data.class_names[int(slot.batch["labels"][position])]
+        pen.text((left, top + 4), label[: cell_width // 7], fill="black")
+        grid.paste(image.resize((width * enlarge, height * enlarge), Image.Resampling.NEAREST), (left, top + 18))
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=100)
+    grid.save(path)

@@ -17,7 +17,7 @@ from train.engine.errors import EXIT_DONE, EXIT_STOPPED, TrainingError, UsageErr
 from train.engine.settings import TrainSettings, check_best_metric
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and refused flags answer without it
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import torch
     from torch import nn
@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help and refused flags ans
     from data_modules.stream import StreamLoader
     from train.engine.contract import Measure
     from train.engine.run_directory import RunDirectory
-    from train.engine.runtime import Runtime
 
 ModelName = Literal["mlp", "mnist_cnn", "simple_cnn", "fast_cnn", "simple_lstm"]
 METRICS = ("loss", "accuracy")
@@ -56,31 +55,33 @@ class ClassifySettings(DataOptions, TrainSettings):
         yield 0 <= self.label_smoothing < 1, "label_smoothing", "0 or more and below 1"
 
 
-def load_inputs(settings: ClassifySettings, runtime: Runtime) -> tuple[DataModule, Augmentation]:
-    """Load the data set, on rank 0 first, and parse the augmentation that is asked for.
+def build_augmentation(words: Sequence[str]) -> Augmentation:
+    """Return the random changes that the words name.
 
     Raises:
-        UsageError: one of them cannot be used, or they do not go together; says what, where and what to do.
+        UsageError: there is no such change, or its strength makes no sense.
     """
     from data_modules.augmentation import parse_augmentation
-    from data_modules.load import load_data
-
-    def load() -> DataModule:
-        try:
-            return load_data(settings)
-        except DataError as error:
-            raise UsageError(str(error)) from error
 
     try:
-        augmentation = parse_augmentation(settings.augment)
-        data = runtime.main_first(load)
-        if augmentation and data.inputs.task != "image":
-            raise ValueError(f"changes images, but the samples are {data.inputs.task}; leave it out")
-        if augmentation:
-            augmentation.check_size(*data.inputs.shape[1:])
+        return parse_augmentation(words)
     except ValueError as error:
         raise UsageError(f"--augment: {error}") from error
-    return data, augmentation
+
+
+def check_augmentation(augmentation: Augmentation, inputs: InputSpec) -> None:
+    """Refuse random changes that cannot be made to these samples.
+
+    Raises:
+        UsageError: says which, and why.
+    """
+    try:
+        if augmentation and inputs.task != "image":
+            raise ValueError(f"changes images, but the samples are {inputs.task}; leave it out")
+        if augmentation:
+            augmentation.check_size(*inputs.shape[1:])
+    except ValueError as error:
+        raise UsageError(f"--augment: {error}") from error
 
 
 def show_inputs(data: DataModule, loader: TrainingLoader | StreamLoader, run: RunDirectory | None) -> None:
@@ -149,6 +150,7 @@ def build_measure(settings: ClassifySettings, data: DataModule, device: torch.de
 
 def main(settings: ClassifySettings) -> int:
     """Train, or go on training, and return the exit code."""
+    from data_modules.load import load_data
     from data_modules.loader import EvaluationLoader
     from data_modules.training_loader import build_training_loader
     from train.engine import session as sessions
@@ -161,7 +163,9 @@ def main(settings: ClassifySettings) -> int:
     check_best_metric(settings, METRICS)
     sessions.check_output(settings)
     runtime = start_runtime(settings)
-    data, augmentation = load_inputs(settings, runtime)
+    augmentation = build_augmentation(settings.augment)
+    data = runtime.main_first(lambda: load_data(settings))
+    check_augmentation(augmentation, data.inputs)
     for note in data.notes:
         runtime.say(f"{settings.dataset}: {note}")
     model_name = settings.model or DEFAULT_MODELS[data.inputs.task]

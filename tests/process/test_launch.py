@@ -35,7 +35,10 @@ WRONG = {
     "unknown flag": ("--bach_size 64", "--batch_size"),
     "unknown metric": ("--best_metric val/f1", "evaluation gives val/loss, val/accuracy"),
     "precision that the device lacks": ("--mixed_precision fp16", "mixed precision fp16 is not to be had on cpu"),
-    "model for other samples": ("--dataset blobs", "try --model mlp"),
+    "model for other samples": ("--dataset blobs --model mnist_cnn", "try --model mlp"),
+    "model for text": ("--model simple_lstm", "simple_lstm does not take image samples; try simple_cnn"),
+    "unknown augmentation": ("--augment flap", "augmentation 'flap': unknown"),
+    "augmentation of a table": ("--dataset wine --augment flip", "changes images, but the samples are table"),
     "checkpoint that is not there": ("--resume latest", "has no checkpoint"),
     "several at once": ("--log_every 0 --learning_rate -1", "--learning_rate -1.0: must be above 0"),
 }

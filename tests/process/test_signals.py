@@ -70,4 +70,4 @@ def test_launcher_of_one_process_is_terminated(tmp_path):
     step = max(int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
     lines = metrics.read_text().splitlines()
     assert f'"step": {step},' in lines[-1]
-    assert os.listdir(tmp_path / "run" / "plots") == ["curves.png"]
+    assert "curves.png" in os.listdir(tmp_path / "run" / "plots")

@@ -117,6 +117,23 @@ def test_a_later_place_of_another_epoch_is_of_no_use_and_does_no_harm(folder):
     assert again == rows_of(loader(load(folder)).batches(1, 0))
 
 
+def test_a_place_of_blocks_of_another_size_is_of_no_use_and_does_no_harm(folder, monkeypatch):
+    places = []
+    list(loader(load(folder), remember=places.append).batches(0, 0))
+    monkeypatch.setattr(stream, "BLOCK", 2 * BLOCK)
+    for place in (places[1], None):
+        rows = flat(rows_of(loader(load(folder), place=place).batches(0, 2 * BLOCK)))
+        assert sorted(rows) == list(range(2 * BLOCK, ROWS))
+
+
+def test_blocks_tell_the_loader_where_they_begin(folder, monkeypatch):
+    firsts = []
+    inner = stream.TrainingLoader
+    monkeypatch.setattr(stream, "TrainingLoader", lambda **more: firsts.append(more["first_index"]) or inner(**more))
+    list(loader(load(folder)).batches(0, 0))
+    assert firsts == list(range(0, ROWS, BLOCK))
+
+
 def test_a_stream_that_has_other_rows_than_it_says(folder):
     data = load(folder)
     object.__setattr__(data.stream, "num_samples", ROWS + 1)

@@ -60,16 +60,16 @@ class Runtime:
         """Run `work` on rank 0 and return its value everywhere.
 
         Raises:
-            UsageError, TrainingError: on every process, if rank 0 raised it; nobody is left waiting.
+            ValueError, TrainingError: on every process, if rank 0 raised it; nobody is left waiting.
         """
         outcome: Any = None
         if self.is_main:
             try:
                 outcome = work()
-            except (UsageError, TrainingError) as error:
+            except (ValueError, TrainingError) as error:
                 outcome = error
         outcome = self.broadcast(outcome)
-        if isinstance(outcome, (UsageError, TrainingError)):
+        if isinstance(outcome, (ValueError, TrainingError)):
             raise outcome
         return outcome
 
@@ -77,7 +77,7 @@ class Runtime:
         """Run `work` on rank 0, then on the others, which find rank 0's cached files.
 
         Raises:
-            UsageError: on every process, if rank 0 raised it.
+            ValueError: on every process, if rank 0 raised it.
         """
         mine: list[Value] = []
         self.on_main(lambda: mine.append(work()))
