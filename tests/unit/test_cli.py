@@ -286,8 +286,8 @@ def test_settings_written_as_a_recipe_are_read_back_the_same(recipe):
     ["no", "yes", "~", "null", "1e3", "0x10", "007", "2024-01-01", "12:30", "a: b", "# c", "[1]", "a b", "é", ""],
 )
 def test_text_that_yaml_would_change_survives_a_round_trip(recipe, text):
-    path = recipe(settings_to_yaml(ClassifySettings(dataset=text)))
-    assert parse("--config", path).dataset == text
+    path = recipe(settings_to_yaml(ClassifySettings(label_column=text)))
+    assert parse("--config", path).label_column == text
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

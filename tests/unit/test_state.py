@@ -659,6 +659,7 @@ def progress():
         metrics={"val/loss": 1e-300, "val/accuracy": 1 / 3, "val/ema_loss": float("nan")},
         metrics_step=1300,
         metrics_bytes=4567,
+        stream={"size": 64, "block": 3, "state": {"epoch": 0}},
         train_seconds=1234.5678901234567,
         finished=True,
         early_stopping=EarlyStopping(best=-0.7, bad_evaluations=3),
