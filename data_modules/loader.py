@@ -45,6 +45,30 @@ def _gather_all(
     return iter(DataLoader(gathering, batch_size=None, num_workers=num_workers, generator=generator))
 
 
+def _ahead(
+    batches: Iterator[tuple[list[BatchPlan], Batch]], device: torch.device
+) -> Iterator[tuple[list[BatchPlan], Batch]]:
+    """Yield batches; on a GPU the next one is copied and normalised beside the computation of the one before."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    side = torch.cuda.Stream(device)
+
+    def fetch() -> tuple[list[BatchPlan], Batch] | None:
+        with torch.cuda.stream(side):
+            return next(batches, None)
+
+    following = fetch()
+    while following is not None:
+        present = following
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(side)
+        for tensor in present[1].values():
+            tensor.record_stream(computing)  # its memory is not given away before the computation is over
+        following = fetch()
+        yield present
+
+
 def _cut(tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:
     """Return a part, aligned in memory as if it were alone: elsewhere a model may compute other last bits."""
     part = tensor[first:last]
@@ -91,10 +115,9 @@ class TrainingLoader:
         if self.num_workers:
             groups = list(groups)
             gathered = _gather_all(self._gather(epoch), map(_indices, groups), self.num_workers)
-        for group in groups:
-            indices = _indices(group)
-            batch = next(gathered) if self.num_workers else self._gather(epoch)(indices)
-            batch = self._finish(batch, indices, epoch)
+        else:
+            gathered = None
+        for group, batch in _ahead(self._finished(groups, gathered, epoch), self.device):
             position = 0
             for plan in group:
                 ready = []
@@ -104,6 +127,14 @@ class TrainingLoader:
                     ready.append(Slot(slot.number, slot.count, part))
                     position = following
                 yield GlobalBatch(plan.size, ready)
+
+    def _finished(
+        self, groups: Iterable[list[BatchPlan]], gathered: Iterator[Batch] | None, epoch: int
+    ) -> Iterator[tuple[list[BatchPlan], Batch]]:
+        for group in groups:
+            indices = _indices(group)
+            batch = self._gather(epoch)(indices) if gathered is None else next(gathered)
+            yield group, self._finish(batch, indices, epoch)
 
     def _batches_at_once(self) -> int:
         """Return how many batches are gathered together, to share the cost of a call; texts differ in length."""

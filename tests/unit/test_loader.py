@@ -27,10 +27,10 @@ def data():
     )
 
 
-def build(data, batch_size=8, slots=2, rank=0, processes=1, augmentation=EVERYTHING, **more):
+def build(data, batch_size=8, slots=2, rank=0, processes=1, augmentation=EVERYTHING, device="cpu", **more):
     settings = {"num_workers": 0, "seed": 5, "balanced": False, "place": None, "remember": lambda place: None, **more}
     return build_training_loader(
-        data, batch_size=batch_size, num_slots=slots, rank=rank, num_processes=processes, device=torch.device("cpu"),
+        data, batch_size=batch_size, num_slots=slots, rank=rank, num_processes=processes, device=torch.device(device),
         augmentation=augmentation, **settings,
     )  # fmt: skip
 
@@ -184,3 +184,14 @@ def test_balanced_and_bucketed_orders_are_used(data):
     assert sum(map(len, batches)) == SIZE
     spread = sum(int(batch.max() - batch.min()) for batch in batches[:-1]) / len(batches[:-1])
     assert spread < 40  # of 200; in plain order about 150
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_that_are_copied_ahead_are_the_same(data):
+    """Whole-pixel changes are the same on every device; the computation must not overtake the copy."""
+    changes = Augmentation(crop=2, flip=True, cutout=3)
+    expected = slots_of(build(data, augmentation=changes))
+    for (_, _, _, there), (_, _, _, here) in zip(slots_of(build(data, augmentation=changes, device="cuda")), expected):
+        for name, tensor in there.items():
+            assert tensor.device.type == "cuda"
+            assert torch.allclose(tensor.cpu(), here[name], atol=1e-6)
