@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageDraw
 
-from data_modules.splits import DataModule, Slot
-from data_modules.tables import TablePreprocessing, table_statistics
+from data_modules.splits import Arrays, DataModule, Slot
+from data_modules.tables import NumberColumn, TablePreprocessing
 from data_modules.text import TextPreprocessing, sample_lines
 
 if TYPE_CHECKING:
@@ -74,6 +75,43 @@ def _describe_classes(data: DataModule) -> list[str]:
             "--class_balance weights or --class_balance sampler evens them out"
         )
     return lines
+
+
+def table_statistics(preprocessing: TablePreprocessing, samples: Arrays, chosen: torch.Tensor) -> list[str]:
+    """Return an aligned line for each column, for a look at the data before a run.
+
+    Args:
+        preprocessing: What was fitted on the rows of training.
+        samples: The encoded split.
+        chosen: The rows of training that were not rejected, int64.
+    """
+    numbers, categories = (samples.tensors[name][chosen] for name in ("numbers", "categories"))
+    number_place, category_place = 0, 0
+    table: list[tuple[str, str, str, str]] = []
+    for column in preprocessing.columns:
+        if isinstance(column, NumberColumn):
+            values = numbers[:, number_place].double() * column.std + column.mean
+            missing = float(numbers[:, preprocessing.indicators[column.name]].mean()) if column.indicator else 0.0
+            # Samples are float32: what is below a hundred-thousandth of the deviation is rounding.
+            digits = 5 - math.floor(math.log10(column.std))
+            low, high = (round(float(value), digits) + 0.0 for value in (values.min(), values.max()))
+            std = column.std if low < high else 0.0
+            said = f"min {low:.4g}, mean {column.mean:.4g}, max {high:.4g}, std {std:.4g}"
+            table.append((column.name, "number", f"{missing:.1%}", said))
+            number_place += 1
+        else:
+            counts = torch.bincount(categories[:, category_place], minlength=column.size) / len(chosen)
+            places = counts[1 : 1 + len(column.values)]
+            best = int(places.argmax())
+            said = f"{len(column.values):,} categories, most often {column.values[best]!r} ({float(places[best]):.1%})"
+            missing = float(counts[-1]) if column.missing else 0.0
+            table.append((column.name, "category", f"{missing:.1%}", said))
+            category_place += 1
+    widths = [max(len(line[part]) for line in table) for part in range(3)]
+    return [
+        f"{name:<{widths[0]}}  {kind:<{widths[1]}}  missing {missing:>{widths[2]}}  {said}"
+        for name, kind, missing, said in table
+    ]
 
 
 def draw_batch(data: DataModule, slot: Slot, path: Path) -> None:

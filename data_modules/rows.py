@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,10 @@ from data_modules.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
+
+
+# A file and, for each of its rows, the number by which messages name it: ("pets.csv", "line", [2, 3, 5]).
+Piece = tuple[str, str, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -50,3 +54,12 @@ class Rows:
         kept = torch.ones(len(self), dtype=torch.bool)
         kept[list(self.bad)] = False
         return kept.nonzero()[:, 0]
+
+
+def locate(pieces: list[Piece], row: int) -> str | None:
+    """Return the place of a row of several files in a row; None if they have not as many."""
+    for file, word, numbers in pieces:
+        if row < len(numbers):
+            return f"{file}, {word} {numbers[row]}"
+        row -= len(numbers)
+    return None

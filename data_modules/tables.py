@@ -11,15 +11,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from data_modules.cells import (
+    is_class_label,
+    is_text,
+    parse_numbers,
+    read_column,
+    reject_cells,
+    reject_infinite,
+    reject_unreadable,
+    write_texts,
+)
 from data_modules.errors import DataError
 from data_modules.rows import Rows
 from data_modules.splits import Arrays, InputSpec
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-# What text must look like to be a number: no "nan", no "inf", no thousands separators. RE2: \d is 0 to 9, $ the end.
-NUMBER = r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$"
 
 
 @dataclass(frozen=True)
@@ -86,21 +93,21 @@ class TablePreprocessing:
         categories = torch.zeros(len(rows), len(self.categories), dtype=torch.int64)
         bad = np.zeros(len(rows), dtype=bool)
         for place, column in enumerate(self.numbers):
-            cells = _read_column(rows, column.name)
-            values, missing = _parse_numbers(cells)
-            bad |= _reject_unreadable(rows, column.name, cells, values, missing)
+            cells = read_column(rows, column.name)
+            values, missing = parse_numbers(cells)
+            bad |= reject_unreadable(rows, column.name, cells, values, missing)
             with np.errstate(over="ignore"):
                 standard = ((values - column.mean) / column.std).astype(np.float32)
             far = np.isfinite(values) & ~np.isfinite(standard)
-            _reject_cells(rows, column.name, cells, far, ", too far from the training values")
+            reject_cells(rows, column.name, cells, far, ", too far from the training values")
             bad |= far
             standard[missing] = 0.0
             numbers[:, place] = torch.from_numpy(standard)
             if column.indicator:
                 numbers[:, self.indicators[column.name]] = torch.from_numpy(missing).float()
         for place, kind in enumerate(self.categories):
-            cells = _read_column(rows, kind.name)
-            bad |= _reject_infinite(rows, kind.name, cells)
+            cells = read_column(rows, kind.name)
+            bad |= reject_infinite(rows, kind.name, cells)
             categories[:, place] = torch.from_numpy(_number_categories(cells, kind))
         numbers[torch.from_numpy(bad)] = 0.0
         categories[torch.from_numpy(bad)] = 0
@@ -158,16 +165,16 @@ def fit_table(
     used = _training_mask(rows, chosen)
     # All columns are judged before any is measured: a row with a bad cell counts in none of them.
     for name in columns:
-        cells = _read_column(rows, name)
-        kinds[name] = name in categorical or _is_class_label(rows, name)
-        if not kinds[name] and _is_text(cells):
+        cells = read_column(rows, name)
+        kinds[name] = name in categorical or is_class_label(rows, name)
+        if not kinds[name] and is_text(cells):
             kinds[name], said = _judge_text(name, cells, used)
             notes += said
         if kinds[name]:
-            _reject_infinite(rows, name, cells)
+            reject_infinite(rows, name, cells)
         else:
             hint = " as most of the column (--categorical_columns takes them all as categories)"
-            _reject_unreadable(rows, name, cells, *_parse_numbers(cells), hint)
+            reject_unreadable(rows, name, cells, *parse_numbers(cells), hint)
     used = _training_mask(rows, chosen)
     fitted: list[NumberColumn | CategoryColumn] = []
     for name, is_category in kinds.items():
@@ -175,43 +182,6 @@ def fit_table(
         fitted.append(column)
         notes += said
     return TablePreprocessing(tuple(fitted)), notes
-
-
-def table_statistics(preprocessing: TablePreprocessing, samples: Arrays, chosen: torch.Tensor) -> list[str]:
-    """Return an aligned line for each column, for a look at the data before a run.
-
-    Args:
-        preprocessing: What was fitted on the rows of training.
-        samples: The encoded split.
-        chosen: The rows of training that were not rejected, int64.
-    """
-    numbers, categories = (samples.tensors[name][chosen] for name in ("numbers", "categories"))
-    number_place, category_place = 0, 0
-    table: list[tuple[str, str, str, str]] = []
-    for column in preprocessing.columns:
-        if isinstance(column, NumberColumn):
-            values = numbers[:, number_place].double() * column.std + column.mean
-            missing = float(numbers[:, preprocessing.indicators[column.name]].mean()) if column.indicator else 0.0
-            # Samples are float32: what is below a hundred-thousandth of the deviation is rounding.
-            digits = 5 - math.floor(math.log10(column.std))
-            low, high = (round(float(value), digits) + 0.0 for value in (values.min(), values.max()))
-            std = column.std if low < high else 0.0
-            said = f"min {low:.4g}, mean {column.mean:.4g}, max {high:.4g}, std {std:.4g}"
-            table.append((column.name, "number", f"{missing:.1%}", said))
-            number_place += 1
-        else:
-            counts = torch.bincount(categories[:, category_place], minlength=column.size) / len(chosen)
-            places = counts[1 : 1 + len(column.values)]
-            best = int(places.argmax())
-            said = f"{len(column.values):,} categories, most often {column.values[best]!r} ({float(places[best]):.1%})"
-            missing = float(counts[-1]) if column.missing else 0.0
-            table.append((column.name, "category", f"{missing:.1%}", said))
-            category_place += 1
-    widths = [max(len(line[part]) for line in table) for part in range(3)]
-    return [
-        f"{name:<{widths[0]}}  {kind:<{widths[1]}}  missing {missing:>{widths[2]}}  {said}"
-        for name, kind, missing, said in table
-    ]
 
 
 def _training_mask(rows: Rows, chosen: torch.Tensor) -> np.ndarray:
@@ -222,83 +192,12 @@ def _training_mask(rows: Rows, chosen: torch.Tensor) -> np.ndarray:
     return mask
 
 
-def _is_class_label(rows: Rows, name: str) -> bool:
-    """Return whether a column holds numbers that stand for names."""
-    import datasets
-
-    return isinstance(rows.data.features[name], datasets.ClassLabel)
-
-
-def _is_text(cells: pa.ChunkedArray) -> bool:
-    """Return whether cells hold text."""
-    import pyarrow as pa
-
-    types = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    return any(check(cells.type) for check in types)
-
-
-def _read_column(rows: Rows, name: str) -> pa.ChunkedArray:
-    """Return the cells of a column: text without spaces around it, null where it is empty, or numbers or booleans.
-
-    Raises:
-        DataError: the column is not there or of a type that cannot be used.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    data = rows.data
-    if name not in data.column_names:
-        raise DataError(
-            f"{rows.name}: no column {name!r}; there are {', '.join(data.column_names)}. Add or rename it, or choose "
-            "the columns of a run with --input_columns"
-        )
-    cells = data.select_columns([name]).with_format("arrow")[:].column(0)
-    if _is_class_label(rows, name):
-        names = pa.array(data.features[name].names, pa.large_string())
-        cells = pc.take(names, pc.if_else(pc.less(cells, 0), pa.scalar(None, cells.type), cells))  # -1: no label
-    if _is_text(cells):
-        text = pc.utf8_trim_whitespace(cells.cast(pa.large_string()))
-        return pc.if_else(pc.equal(text, ""), pa.scalar(None, text.type), text)
-    types = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal, pa.types.is_null)
-    if not any(check(cells.type) for check in types):
-        raise DataError(
-            f"{rows.name}: column {name!r} holds {cells.type}, not numbers or text. Convert it (a date to a number of "
-            "days, a list to columns), or name only other columns with --input_columns"
-        )
-    return cells
-
-
-def _parse_numbers(cells: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Return cells as float64 [N], nan where there is no number, and where they are missing, bool [N]."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    numbers = cells
-    if _is_text(cells):
-        numbers = pc.if_else(pc.match_substring_regex(cells, NUMBER), cells, pa.scalar(None, cells.type))
-    # Not safe: integers above 2**53 are rounded.
-    values = numbers.cast(pa.float64(), safe=False).fill_null(math.nan).to_numpy()
-    return values, cells.is_null().to_numpy()
-
-
-def _write_texts(cells: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
-    """Return cells as text, whole numbers without a point: 3.0 is "3", as it is in a file that has no missing value."""
-    import pyarrow as pa
-
-    if not (pa.types.is_floating(cells.type) or pa.types.is_decimal(cells.type)):
-        return cells.cast(pa.large_string())
-    coded = cells.cast(pa.float64()).combine_chunks().dictionary_encode()
-    values = coded.dictionary.to_pylist()
-    texts = [str(int(value)) if value.is_integer() else repr(value) for value in values]
-    return pa.array(texts, pa.large_string()).take(coded.indices)
-
-
 def _number_categories(cells: pa.ChunkedArray, kind: CategoryColumn) -> np.ndarray:
     """Return the category numbers of cells, int64 [N]."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    texts = _write_texts(cells)
+    texts = write_texts(cells)
     places = pc.index_in(texts, value_set=pa.array(kind.values, pa.large_string()))
     numbers = places.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64) + 1
     if kind.missing:
@@ -306,32 +205,9 @@ def _number_categories(cells: pa.ChunkedArray, kind: CategoryColumn) -> np.ndarr
     return numbers
 
 
-def _reject_cells(rows: Rows, name: str, cells: pa.ChunkedArray, wrong: np.ndarray, why: str = "") -> None:
-    """Reject the rows where `wrong`, bool [N]."""
-    for row in np.flatnonzero(wrong).tolist():
-        value = repr(cells[row].as_py())
-        rows.reject(row, f"column {name!r} is {value if len(value) <= 60 else value[:57] + '...'}{why}")
-
-
-def _reject_unreadable(
-    rows: Rows, name: str, cells: pa.ChunkedArray, values: np.ndarray, missing: np.ndarray, hint: str = ""
-) -> np.ndarray:
-    """Reject the rows whose cell is there and no finite number; return where, bool [N]."""
-    wrong = ~np.isfinite(values) & ~missing
-    _reject_cells(rows, name, cells, wrong, f", not a number{hint}" if _is_text(cells) else "")
-    return wrong
-
-
-def _reject_infinite(rows: Rows, name: str, cells: pa.ChunkedArray) -> np.ndarray:
-    """Reject the rows of a category whose cell is a number that is not finite; return where, bool [N]."""
-    if _is_text(cells):
-        return np.zeros(len(rows), dtype=bool)
-    return _reject_unreadable(rows, name, cells, *_parse_numbers(cells))
-
-
 def _judge_text(name: str, cells: pa.ChunkedArray, used: np.ndarray) -> tuple[bool, list[str]]:
     """Return whether text is of categories rather than of numbers, and notes."""
-    values, missing = _parse_numbers(cells)
+    values, missing = parse_numbers(cells)
     present = used & ~missing
     found, total = int(np.isfinite(values[present]).sum()), int(present.sum())
     if 20 * found >= 19 * total > 0:
@@ -346,7 +222,7 @@ def _judge_text(name: str, cells: pa.ChunkedArray, used: np.ndarray) -> tuple[bo
 
 def _fit_numbers(rows: Rows, name: str, used: np.ndarray) -> tuple[NumberColumn, list[str]]:
     """Measure a column of numbers where `used`, bool [N], and return it with notes."""
-    values, missing = _parse_numbers(_read_column(rows, name))
+    values, missing = parse_numbers(read_column(rows, name))
     present = values[used & ~missing]
     num_missing, num_used = int(missing[used].sum()), int(used.sum())
     _refuse_empty(rows, name, len(present))
@@ -368,7 +244,7 @@ def _fit_categories(rows: Rows, name: str, used: np.ndarray) -> tuple[CategoryCo
     """Collect the categories of a column where `used`, bool [N], and return it with notes."""
     import pyarrow as pa
 
-    texts = _write_texts(_read_column(rows, name)).filter(pa.array(used))
+    texts = write_texts(read_column(rows, name)).filter(pa.array(used))
     num_missing, num_used = texts.null_count, int(used.sum())
     _refuse_empty(rows, name, num_used - num_missing)
     values = sorted(texts.drop_null().unique().to_pylist())

@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_modules.csv_files import MISSING
 from data_modules.errors import DataError
 from data_modules.options import DataOptions
-from data_modules.source import MISSING, open_source
+from data_modules.source import open_source
 from tests.sources import write_tree
 
 TABLE = "a,label\n1,x\n2,y\n3,x\n"

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_modules.errors import DataError
+from data_modules.look import table_statistics
 from data_modules.rows import Rows
 from data_modules.splits import InputSpec
-from data_modules.tables import CategoryColumn, NumberColumn, TablePreprocessing, fit_table, table_statistics
+from data_modules.tables import CategoryColumn, NumberColumn, TablePreprocessing, fit_table
 
 quick = settings(deadline=None, max_examples=60)  # the clock of a shared machine proves nothing
 
