@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ def find_columns(source: str, rows: Rows, options: DataOptions) -> Columns:
             raise DataError(f"{source}: has no column {name!r}; its columns are {', '.join(names)}")
     kinds = {name: _kind(rows, name) for name in names}
     label = options.label_column or _find_label(source, rows, kinds, options)
-    inputs = list(options.input_columns) or [name for name in names if name != label]
+    inputs = list(options.input_columns) or [name for name in names if name != label and not is_index(name)]
     if label in inputs:
         raise DataError(
             f"{source}: column {label!r} is the label and cannot be an input; name another with --label_column"
@@ -63,6 +64,11 @@ def find_columns(source: str, rows: Rows, options: DataOptions) -> Columns:
         problem = f"more than one {what} column ({', '.join(fitting)})" if fitting else f"no {what} column"
         raise DataError(f"{source}: {problem} among {', '.join(inputs)}; name it with --input_columns")
     return Columns(task, fitting, label)  # type: ignore[arg-type]
+
+
+def is_index(name: str) -> bool:
+    """Say whether a column is what pandas writes of row numbers; in a file that is sorted they give the label away."""
+    return re.fullmatch(r"(Unnamed: \d+|__index_level_\d+__)?", name) is not None
 
 
 def _kind(rows: Rows, name: str) -> str:

@@ -83,6 +83,12 @@ def _read_table(file: str, delimiter: str, skip: bool) -> tuple[Any, list[str], 
         is_utf8 = False
         content = content.decode(errors="replace").encode()
     _, header = next(_records(file, delimiter))
+    other = next((sign for sign in ";\t|," if sign in header[0]), None)
+    if len(header) == 1 and other is not None:
+        raise DataError(
+            f"{file}: its one column is {header[0]!r}: cells seem to be separated by {other!r}, not {delimiter!r}. "
+            "Separate them by commas in a .csv file, by tabs in a .tsv file"
+        )
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise DataError(f"{file}: column {twice[0]!r} is there {header.count(twice[0])} times; rename or remove one")

@@ -54,6 +54,17 @@ def find_class_names(source: str, rows: Rows, column: str) -> list[str]:
     return [str(value) for value in sorted(values)]
 
 
+def find_twins(class_names: list[str]) -> list[str]:
+    """Return a warning for classes whose names differ only in case or in spaces around them."""
+    seen: dict[str, str] = {}
+    lines = []
+    for name in class_names:
+        other = seen.setdefault(name.strip().casefold(), name)
+        if other is not name:
+            lines.append(f"warning: classes {other!r} and {name!r} differ only in case or spaces; is that one class?")
+    return lines
+
+
 def has_labels(rows: Rows, column: str) -> bool:
     """Return False where all labels are left out, as test splits do: no such column, or all are missing or -1."""
     return column in rows.data.column_names and not set(rows.data.unique(column)) <= {None, -1}

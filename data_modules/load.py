@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import xxhash
 
-from data_modules.columns import Columns, find_columns
+from data_modules.columns import Columns, find_columns, is_index
 from data_modules.errors import DataError
 from data_modules.images import ImagePreprocessing, fit_images
-from data_modules.labels import find_class_names, has_labels, number_labels
+from data_modules.labels import find_class_names, find_twins, has_labels, number_labels
 from data_modules.options import DataOptions, Task
 from data_modules.points import PointPreprocessing, fit_points
 from data_modules.rows import Rows
@@ -83,6 +83,9 @@ def _load_source(options: DataOptions) -> DataModule:
     columns = find_columns(source, parts["train"], options)
     _refuse_options(options, columns.task)
     notes = [f"task {columns.task}: {', '.join(columns.inputs)} to {columns.label}"]
+    left = [name for name in parts["train"].data.column_names if is_index(name) and name not in columns.inputs]
+    if left:
+        notes.append(f"column {left[0]!r} holds row numbers and is left out")
     for part, rows in list(parts.items()):
         if part == "test" and options.test_split is None and not has_labels(rows, columns.label):
             notes.append(f"split {parts.pop(part).name!r} has no labels and is not used")
@@ -92,6 +95,7 @@ def _load_source(options: DataOptions) -> DataModule:
                 f"{', '.join(rows.data.column_names)}. Name the label with --label_column"
             )
     class_names = find_class_names(source, parts["train"], columns.label)
+    notes += find_twins(class_names)
     labels = {part: number_labels(rows, columns.label, class_names) for part, rows in parts.items()}
 
     chosen = parts["train"].good()

@@ -336,3 +336,32 @@ def test_what_says_nothing_about_these_samples_is_refused(tmp_path, given, messa
     path.write_text("x,label\n" + "".join(f"{row},{row % 2}\n" for row in range(20)))
     with pytest.raises(DataError, match=message):
         front.load_data(DataOptions(**{"dataset": str(path), **given}))
+
+
+@pytest.mark.parametrize("name", ["", "Unnamed: 0"])
+def test_row_numbers_of_pandas_are_no_input(tmp_path, name):
+    """In a file that is sorted by class they give the label away."""
+    path = tmp_path / "table.csv"
+    path.write_text(f"{name},x,label\n" + "".join(f"{row},{row % 7},{row // 10}\n" for row in range(20)))
+    data = front.load_data(DataOptions(dataset=str(path)))
+    assert data.inputs.shape == (1,)
+    assert f"column {name!r} holds row numbers and is left out" in data.notes
+    if name:
+        assert front.load_data(DataOptions(dataset=str(path), input_columns=(name, "x"))).inputs.shape == (2,)
+
+
+def test_classes_that_may_be_one_are_pointed_out(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("x,label\n" + "".join(f"{row},{['Yes', 'yes ', 'no'][row % 3]}\n" for row in range(20)))
+    notes = front.load_data(DataOptions(dataset=str(path))).notes
+    assert [note for note in notes if "warning" in note] == [
+        "warning: classes 'Yes' and 'yes ' differ only in case or spaces; is that one class?"
+    ]
+
+
+@pytest.mark.parametrize(("suffix", "sign"), [("csv", ";"), ("csv", "\t"), ("tsv", ","), ("csv", "|")])
+def test_another_delimiter_is_recognised(tmp_path, suffix, sign):
+    path = tmp_path / f"table.{suffix}"
+    path.write_text(f"x{sign}label\n" + "".join(f"{row}{sign}{row % 2}\n" for row in range(20)))
+    with pytest.raises(DataError, match="cells seem to be separated by"):
+        front.load_data(DataOptions(dataset=str(path)))
