@@ -105,5 +105,8 @@ def _find_label(source: str, rows: Rows, kinds: dict[str, str], options: DataOpt
             return found[0]
     rest = [name for name in rest if kinds[name] != "image"]
     if not rest:
-        raise DataError(f"{source}: has no labels; in a folder of images, each class is a folder of its own")
+        raise DataError(
+            f"{source}: has no labels; in a folder of images, each class is a folder of its own, all at one depth, "
+            "with no image outside them"
+        )
     raise DataError(f"{source}: which of the columns {', '.join(rest)} is the label? Name it with --label_column")

@@ -17,7 +17,7 @@ from data_modules.options import DataOptions
 from data_modules.rows import Piece, Rows, locate
 
 BLOCK = 1 << 26  # bytes of a file that are read at a time; a row must fit in
-MISSING = ["", "NA", "N/A", "n/a", "null", "NULL", "None", "?"]  # cells of a table without a value
+MISSING = ["", "NA", "#N/A", "N/A", "n/a", "null", "NULL", "None", "?"]  # cells of a table without a value
 
 
 def read_csv_files(split: str, files: list[str], delimiter: str, options: DataOptions) -> Rows:
@@ -36,7 +36,7 @@ def read_csv_files(split: str, files: list[str], delimiter: str, options: DataOp
     tables: list[Any] = []
     dropped, not_utf8 = [], []
     for file in files:
-        table, lines, is_utf8 = _read_table(file, delimiter, options.on_bad_sample == "skip")
+        table, lines, is_utf8 = _read_table(file, delimiter, options)
         if not is_utf8:
             before = sum(earlier.num_rows for earlier in tables)
             not_utf8 += [before + row for row in _rows_with(table, "\ufffd")]
@@ -63,7 +63,7 @@ def read_csv_files(split: str, files: list[str], delimiter: str, options: DataOp
     return rows
 
 
-def _read_table(file: str, delimiter: str, skip: bool) -> tuple[Any, list[str], bool]:
+def _read_table(file: str, delimiter: str, options: DataOptions) -> tuple[Any, list[str], bool]:
     """Return a typed table, messages of lines left out for their number of cells, and whether the file is UTF-8."""
     import pyarrow as pa
     from pyarrow import csv as arrow_csv
@@ -105,7 +105,12 @@ def _read_table(file: str, delimiter: str, skip: bool) -> tuple[Any, list[str], 
             parse_options=arrow_csv.ParseOptions(
                 delimiter=delimiter, newlines_in_values=True, invalid_row_handler=refuse_or_skip
             ),
-            convert_options=arrow_csv.ConvertOptions(null_values=MISSING, strings_can_be_null=True),
+            convert_options=arrow_csv.ConvertOptions(
+                null_values=MISSING,
+                strings_can_be_null=True,
+                # "01004" and "1004" are two categories, and one number.
+                column_types={name: pa.string() for name in options.categorical_columns},
+            ),
         )
     except pa.ArrowInvalid as error:
         raise DataError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from error
@@ -114,7 +119,7 @@ def _read_table(file: str, delimiter: str, skip: bool) -> tuple[Any, list[str], 
         for line, cells in _records(file, delimiter):
             if len(cells) != len(header):
                 text = f"{file}, line {line}: has {len(cells)} cells, the header has {len(header)}"
-                if not skip:
+                if options.on_bad_sample == "stop":
                     raise DataError(f"{text}. Correct or remove it, or leave it out with --on_bad_sample skip")
                 messages.append(text)
         if len(messages) != len(bad_shape):

@@ -12,6 +12,9 @@ from data_modules.rows import Rows
 MOST_CLASSES = 1_000_000  # a column with larger numbers holds something else, such as keys
 
 
+MISSING = "is missing (in text files NA, None, null and ? count as missing: rename a class of that name)"
+
+
 def find_class_names(source: str, rows: Rows, column: str) -> list[str]:
     """Return the names of the classes in the training split, in the order of their numbers.
 
@@ -26,13 +29,14 @@ def find_class_names(source: str, rows: Rows, column: str) -> list[str]:
         return list(feature.names)
     if type(feature).__name__ != "Value":
         raise DataError(f"{source}: column {column!r} holds no labels; name another with --label_column")
-    values = [value for value in rows.data.unique(column) if value is not None and value == value]  # NaN: none
+    values = [_trimmed(value) for value in rows.data.unique(column)]
+    values = [value for value in values if value is not None and value == value]  # NaN is no label
     if not values:
         raise DataError(f"{source}: all labels in column {column!r} are missing; name another with --label_column")
     if all(isinstance(value, float) and value.is_integer() for value in values):  # as pandas writes gaps
         values = [int(value) for value in values]
     if all(isinstance(value, bool) for value in values) or all(isinstance(value, str) for value in values):
-        return [str(value) for value in sorted(values)]
+        return [str(value) for value in sorted(set(values))]
     if not all(isinstance(value, int) for value in values):
         raise DataError(
             f"{source}: column {column!r} holds {feature.dtype}; labels are whole numbers or text. Name another with "
@@ -55,13 +59,13 @@ def find_class_names(source: str, rows: Rows, column: str) -> list[str]:
 
 
 def find_twins(class_names: list[str]) -> list[str]:
-    """Return a warning for classes whose names differ only in case or in spaces around them."""
+    """Return a warning for classes whose names differ only in case."""
     seen: dict[str, str] = {}
     lines = []
     for name in class_names:
-        other = seen.setdefault(name.strip().casefold(), name)
+        other = seen.setdefault(name.casefold(), name)
         if other is not name:
-            lines.append(f"warning: classes {other!r} and {name!r} differ only in case or spaces; is that one class?")
+            lines.append(f"warning: classes {other!r} and {name!r} differ only in case; is that one class?")
     return lines
 
 
@@ -79,7 +83,8 @@ def number_labels(rows: Rows, column: str, class_names: list[str]) -> torch.Tens
     for row, value in enumerate(rows.column(column).to_pylist()):
         number = _number(value, named, len(class_names), numbered)
         if number is None:
-            problem = "is missing" if value is None or value != value else _not_among(class_names)
+            missing = _trimmed(value) is None or value != value
+            problem = MISSING if missing else _not_among(class_names)
             rows.reject(row, f"label {value!r} in column {column!r} {problem}")
         else:
             numbers[row] = number
@@ -91,7 +96,12 @@ def _number(value: Any, named: dict[str, int], num_classes: int, numbered: bool)
         return value if isinstance(value, int) and 0 <= value < num_classes else None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return named.get(str(value))
+    return named.get(str(_trimmed(value)))
+
+
+def _trimmed(value: Any) -> Any:
+    """Return text without spaces around it, None where nothing is left."""
+    return (value.strip() or None) if isinstance(value, str) else value
 
 
 def _not_among(class_names: list[str]) -> str:

@@ -75,7 +75,10 @@ def _load_source(options: DataOptions) -> DataModule:
     whole_train = parts["train"]
     if options.streaming:
         if "validation" not in parts:
-            raise DataError(f"--streaming: {source} has no validation split to hold; name one with --validation_split")
+            raise DataError(
+                f"--streaming: {source} has no validation split, and none is cut from a stream; add one, or name one "
+                "with --validation_split"
+            )
         parts = {part: hold(rows, BLOCK if part == "train" else None) for part, rows in parts.items()}
     for rows in parts.values():
         if len(rows) == 0:

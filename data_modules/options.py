@@ -60,8 +60,11 @@ class DataOptions:
         """Yield, for each rule, whether it holds, the setting, and what it must be."""
         yield bool(self.dataset.strip()), "dataset", "a name, a path or a hub id"
         yield 0 < self.validation_fraction < 1, "validation_fraction", "above 0 and below 1"
+        yield (self.image_size or 1) <= 8192, "image_size", "8192 or less"
         for name in ("image_size", "vocab_size", "min_count", "max_length"):
             value = getattr(self, name)
             yield value is None or value >= 1, name, "1 or more"
         yield len(self.image_mean) == len(self.image_std), "image_mean", "given together with image_std, of one length"
-        yield all(value > 0 for value in self.image_std), "image_std", "above 0"
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            yield all(0 < value <= 1 for value in values), name, "of pixels in [0, 1]: above 0 and at most 1"

@@ -65,7 +65,8 @@ def open_source(options: DataOptions) -> dict[str, Rows]:
             return _wrap(source, _guard(source, options, lambda: datasets.load_from_disk(str(path))), {}, skip)
         kinds = _kinds_in(path)
         tables = kinds & {*DELIMITERS, *BUILDERS}
-        if not kinds & IMAGE_FILES and (len(tables) > 1 or tables & {*DELIMITERS}):
+        described = (path / "README.md").exists() or options.dataset_config is not None  # as on the hub
+        if tables and not kinds & IMAGE_FILES and (len(tables) > 1 or tables & {*DELIMITERS} or not described):
             return _open_files(source, sorted(_files_of(path, tables)), options)
         if not kinds & {*BUILDERS, *IMAGE_FILES, *DELIMITERS, ".zip", ".tar", ".arrow"}:
             found = f"files of the kinds {', '.join(sorted(kinds))}" if kinds else "no file"
@@ -74,6 +75,8 @@ def open_source(options: DataOptions) -> dict[str, Rows]:
             raise DataError(
                 f"--dataset {source}: `datasets` takes [, * and ? in a folder's path for a pattern; rename it"
             )
+        if kinds & IMAGE_FILES and not tables and not described:
+            return _build(source, options, "imagefolder", _split_folders(path))
         return _build(source, options, str(path))
     if source.count("/") > 1 or source.startswith((".", "/", "~")) or path.suffix.lower() in {*DELIMITERS, *BUILDERS}:
         raise DataError(f"--dataset {source}: no such file or folder")
@@ -94,6 +97,22 @@ def _files_in(folder: Path) -> Iterator[str]:
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.join(place, name) for name in files if not name.startswith("."))
+
+
+def _split_folders(path: Path) -> dict[str, list[str]]:
+    """Return a pattern for the files of each split of a folder of images.
+
+    Folders are splits if all have the name of one, in any case, and one is train; else they are classes. `datasets`
+    looks for such words in the names of files and classes too, and leaves the others out.
+    """
+    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
+    splits = [SPLIT_OF_WORD.get(folder.name.lower(), folder.name.lower()) for folder in folders]
+    if "train" not in splits or not {*splits} <= {"train", "validation", "test"}:
+        return {"train": [f"{path}/**"]}
+    patterns: dict[str, list[str]] = {}
+    for split, folder in zip(splits, folders):
+        patterns.setdefault(split, []).append(f"{folder}/**")
+    return patterns
 
 
 def _open_files(source: str, files: list[str], options: DataOptions) -> dict[str, Rows]:
@@ -117,7 +136,9 @@ def _open_files(source: str, files: list[str], options: DataOptions) -> dict[str
         for file in files:
             if os.path.isfile(file) and os.path.getsize(file) == 0:
                 raise DataError(f"{file}: is empty")
-        return _build(source, options, BUILDERS[kind], by_split)
+        # What is in a path is no pattern here: those were resolved.
+        exact = {split: [glob.escape(file) for file in members] for split, members in by_split.items()}
+        return _build(source, options, BUILDERS[kind], exact)
     return {split: read_csv_files(split, members, DELIMITERS[kind], options) for split, members in by_split.items()}
 
 
@@ -129,9 +150,7 @@ def _build(source: str, options: DataOptions, what: str, files: dict[str, list[s
 
     def load() -> tuple[Any, Any]:
         name = options.dataset_config
-        # What is in a path is no pattern here: those were resolved.
-        exact = files and {split: [glob.escape(file) for file in members] for split, members in files.items()}
-        builder = datasets.load_dataset_builder(what, name, data_files=exact, revision=options.revision)
+        builder = datasets.load_dataset_builder(what, name, data_files=files, revision=options.revision)
         if options.streaming:
             return builder, builder.as_streaming_dataset()
         builder.download_and_prepare()

@@ -12,7 +12,7 @@ from data_modules.csv_files import MISSING
 from data_modules.errors import DataError
 from data_modules.options import DataOptions
 from data_modules.source import open_source
-from tests.sources import write_tree
+from tests.sources import COLOUR, write_tree
 
 TABLE = "a,label\n1,x\n2,y\n3,x\n"
 
@@ -90,10 +90,13 @@ def test_paths_with_any_sign(tmp_path, kind, name):
 
 
 def test_a_pattern_in_the_path_of_a_folder_is_refused_where_it_would_be_misread(tmp_path):
-    write_kind(tmp_path / "[1]" / "a.parquet")
+    image = tmp_path / "[1]" / "class" / "a.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(COLOUR[0])
     assert "for a pattern; rename it" in refusal(tmp_path / "[1]")
-    write_kind(tmp_path / "[2]" / "a.csv")
-    assert values(open_all(tmp_path / "[2]")["train"]) == [0, 1, 2]
+    for kind in ("csv", "parquet"):
+        write_kind(tmp_path / f"[{kind}]" / f"a.{kind}")
+        assert values(open_all(tmp_path / f"[{kind}]")["train"]) == [0, 1, 2]
 
 
 def test_home_is_known(tmp_path, monkeypatch):
@@ -424,3 +427,38 @@ def test_a_file_that_vanishes(tmp_path, monkeypatch):
 def test_text_tables_are_not_streamed(tmp_path):
     path = write_kind(tmp_path / "a.csv")
     assert refusal(path, streaming=True).startswith(f"--streaming: {path} holds text tables, which are read whole")
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        (("Train/cat", "Train/dog", "Test/cat", "Test/dog"), {"train": 2, "test": 2}),
+        (("TRAIN/cat", "TRAIN/dog", "val/cat", "val/dog"), {"train": 2, "validation": 2}),
+        (("bus", "car", "train"), {"train": 3}),
+        (("valid", "invalid"), {"train": 2}),
+    ],
+)
+def test_splits_and_classes_of_a_folder_of_images(tmp_path, folders, expected):
+    """Words in the names of files and classes are no splits."""
+    for folder in folders:
+        path = tmp_path / "images" / folder / "a_test_train_0.png"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(COLOUR[0])
+    opened = open_source(DataOptions(dataset=str(tmp_path / "images")))
+    assert {name: len(rows) for name, rows in opened.items()} == expected
+    names = opened["train"].data.features["label"].names
+    assert names == sorted({folder.split("/")[-1] for folder in folders})
+
+
+def test_parquet_files_are_splits_by_their_names_in_any_case(tmp_path):
+    for name, count in (("Train", 3), ("Test", 2)):
+        pq.write_table(pa.table({"x": list(range(count)), "label": [0] * count}), tmp_path / f"{name}.parquet")
+    opened = open_source(DataOptions(dataset=str(tmp_path)))
+    assert {name: len(rows) for name, rows in opened.items()} == {"train": 3, "test": 2}
+
+
+def test_categories_keep_their_leading_zeros(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("zip,label\n01004,0\n1004,1\n")
+    opened = open_source(DataOptions(dataset=str(path), categorical_columns=("zip",)))
+    assert opened["train"].data["zip"][:] == ["01004", "1004"]
