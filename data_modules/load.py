@@ -115,8 +115,10 @@ def _load_source(options: DataOptions) -> DataModule:
     splits = _encode(parts, labels, preprocessing, chosen, held_out)
     _check_classes(source, splits["train"].labels, class_names, columns)  # of what is left
     normalization = None
-    if columns.task == "image":
-        notes += preprocessing.said  # type: ignore[attr-defined]
+    encode = preprocessing.encode
+    if isinstance(preprocessing, ImagePreprocessing):
+        encode = preprocessing.encode_later  # of streams
+        notes += preprocessing.said
         normalization = _normalization(source, splits["train"], inputs, options)
     if columns.task == "text":
         for part, split in splits.items():
@@ -125,7 +127,6 @@ def _load_source(options: DataOptions) -> DataModule:
             notes += [f"{part}: {text}" for text in told]
     stream = None
     if options.streaming:
-        encode = getattr(preprocessing, "encode_later", preprocessing.encode)
         stream = Stream(
             whole_train,
             count_rows(whole_train),

@@ -124,7 +124,7 @@ def run_script(
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         code = EXIT_ERROR
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception:
+    except Exception:  # a defect: not swallowed but shown whole, so that every way out passes through sys.exit below
         code = EXIT_ERROR
         traceback.print_exc()
     sys.exit(code)
