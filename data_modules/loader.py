@@ -128,6 +128,10 @@ class TrainingLoader:
                     position = following
                 yield GlobalBatch(plan.size, ready)
 
+    def load(self, indices: torch.Tensor, epoch: int) -> Batch:
+        """Return samples of the split at int64 `indices` [B], as they enter the network in that epoch."""
+        return self._finish(self._gather(epoch)(indices), indices, epoch)
+
     def _finished(
         self, groups: Iterable[list[BatchPlan]], gathered: Iterator[Batch] | None, epoch: int
     ) -> Iterator[tuple[list[BatchPlan], Batch]]:

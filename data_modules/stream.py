@@ -140,24 +140,31 @@ class StreamLoader:
         first = start // size
         for number, (split, place) in enumerate(self.data.stream.blocks(size, first, self.place), first):
             self.remember(place)
-            sampler = BatchSampler(
-                order=partial(_order_block, self.order(split), number),
-                num_samples=len(split),
-                batch_size=self.batch_size,
-                num_slots=self.num_slots,
-                rank=self.rank,
-                num_processes=self.num_processes,
-            )
-            block = TrainingLoader(
-                data=dataclasses.replace(self.data, train=split),
-                sampler=sampler,
-                device=self.device,
-                num_workers=self.num_workers,
-                augmentation=self.augmentation,
-                seed=self.seed,
-                first_index=number * size,
-            )
+            block = self._block(split, number, number * size)
             yield from block.batches(epoch, start - first * size if number == first else 0)
+
+    def load(self, indices: torch.Tensor, epoch: int) -> Batch:
+        """Return samples of the stream's beginning at int64 `indices` [B], as they enter the network in that epoch."""
+        return self._block(self.data.train, 0, 0).load(indices, epoch)
+
+    def _block(self, split: Split, number: int, first_index: int) -> TrainingLoader:
+        sampler = BatchSampler(
+            order=partial(_order_block, self.order(split), number),
+            num_samples=len(split),
+            batch_size=self.batch_size,
+            num_slots=self.num_slots,
+            rank=self.rank,
+            num_processes=self.num_processes,
+        )
+        return TrainingLoader(
+            data=dataclasses.replace(self.data, train=split),
+            sampler=sampler,
+            device=self.device,
+            num_workers=self.num_workers,
+            augmentation=self.augmentation,
+            seed=self.seed,
+            first_index=first_index,
+        )
 
 
 def _order_block(order: Callable[[int], torch.Tensor], number: int, epoch: int) -> torch.Tensor:

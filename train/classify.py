@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -24,9 +25,9 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help and refused flags ans
 
     from data_modules.augmentation import Augmentation
     from data_modules.loader import TrainingLoader
-    from data_modules.splits import DataModule, InputSpec, Slot, Split
+    from data_modules.splits import Batch, DataModule, InputSpec, Slot, Split
     from data_modules.stream import StreamLoader
-    from train.engine.contract import Measure
+    from train.engine.contract import Measure, Task
     from train.engine.run_directory import RunDirectory
 
 ModelName = Literal["mlp", "mnist_cnn", "simple_cnn", "fast_cnn", "simple_lstm"]
@@ -123,20 +124,25 @@ def build_model(name: str, inputs: InputSpec, num_classes: int) -> nn.Module:
         raise UsageError(f"--model: {error}") from error
 
 
+def predict(names: Sequence[str], model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the logits of a batch, float32 [B, number of classes]; `names` are the tensors that the model takes."""
+    # FSDP2's mixed precision hands out bf16 or fp16; losses and sums of that have two digits.
+    logits: torch.Tensor = model(*(batch[name] for name in names)).float()
+    return logits
+
+
 def build_measure(settings: ClassifySettings, data: DataModule, device: torch.device) -> Measure:
     """Return what computes cross-entropy and accuracy of each sample of a batch, both of shape [B]."""
     from torch.nn import functional as F
 
     from data_modules.stratify import class_weights
 
-    names = data.inputs.names
     weights = None
     if settings.class_balance == "weights":
         weights = class_weights(data.train.labels, len(data.class_names)).to(device)
 
-    def measure(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        # FSDP2's mixed precision hands out bf16 or fp16; losses and sums of that have two digits.
-        logits, labels = model(*(batch[name] for name in names)).float(), batch["labels"]
+    def measure(model: nn.Module, batch: Batch) -> Batch:
+        logits, labels = predict(data.inputs.names, model, batch), batch["labels"]
         entropy = partial(F.cross_entropy, logits, reduction="none")
         if model.training:  # what is measured in evaluation is plain
             entropy = partial(entropy, weight=weights, label_smoothing=settings.label_smoothing)
@@ -148,15 +154,48 @@ def build_measure(settings: ClassifySettings, data: DataModule, device: torch.de
     return measure
 
 
+def build_task(data: DataModule, loader: TrainingLoader | StreamLoader, device: torch.device) -> Task:
+    """Return what preflight must know of classification."""
+    import torch
+
+    from train.engine.contract import Task
+
+    num_classes = len(data.class_names)
+
+    def load(split: str, indices: torch.Tensor, epoch: int | None) -> Batch:
+        if epoch is not None:
+            return loader.load(indices, epoch)
+        return data.prepare(data.splits()[split].gather(indices), device)
+
+    def entropy_of_labels(batch: Batch) -> float:
+        shares = torch.bincount(batch["labels"], minlength=num_classes) / len(batch["labels"])
+        return float(torch.special.entr(shares).sum())
+
+    return Task(
+        splits={"train": data.train, "validation": data.validation},
+        load=load,
+        predict=partial(predict, data.inputs.names),
+        inputs=data.inputs.names,
+        targets=("labels",),
+        untrained_loss=lambda batch: math.log(num_classes),
+        constant_loss=entropy_of_labels,
+        num_classes=num_classes,
+        augmented=bool(loader.augmentation),
+        overfit_metrics={"accuracy": 1.0},
+    )
+
+
 def main(settings: ClassifySettings) -> int:
     """Train, or go on training, and return the exit code."""
     from data_modules.load import load_data
     from data_modules.loader import EvaluationLoader
     from data_modules.training_loader import build_training_loader
     from train.engine import session as sessions
+    from train.engine.checks.subject import Subject
     from train.engine.evaluation import evaluate
     from train.engine.loop import Loop
     from train.engine.preemption import Request
+    from train.engine.preflight import preflight, warn
     from train.engine.randomness import seed_all
     from train.engine.runtime import start_runtime
 
@@ -213,8 +252,13 @@ def main(settings: ClassifySettings) -> int:
         f"{model_name}: {sum(p.numel() for p in model.parameters()):,} parameters, {runtime.device}, "
         f"{precision}, {batching}"
     )
-    loop = Loop(settings, runtime, session, state, loader, measure, score(data.validation), tracker, data.describe())
-    request = loop.train()
+    parts = (settings, runtime, session, state, loader, measure, score(data.validation))
+    if settings.preflight != "off":
+        subject = Subject(*parts, data.describe(), build_task(data, loader, runtime.device))
+        if settings.only_preflight:
+            return preflight(subject)
+        warn(subject)
+    request = Loop(*parts, tracker, data.describe()).train()
     sessions.finish(settings, runtime, session, state, tracker, test)
     runtime.close()
     if request is Request.STOP:

@@ -23,14 +23,14 @@ def signal_after(rank, step, number, victim=0):
     """Send a signal to the process itself right after an optimizer step."""
     from train.engine.loop import Loop
 
-    inner = Loop._step
+    inner = Loop.step
 
     def one_step(self, batch):
         inner(self, batch)
         if rank == victim and self.state.progress.step == step:
             os.kill(os.getpid(), number)
 
-    Loop._step = one_step
+    Loop.step = one_step
 
 
 def poison_loss(rank, step, value, count):

@@ -193,6 +193,29 @@ def test_unknown_flag_is_refused_with_the_nearest(capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "mode"),
+    [
+        ([], "quick"),
+        (["--preflight"], "full"),
+        (["--preflight", "--seed", "3"], "full"),
+        (["--seed", "3", "--preflight"], "full"),
+        (["--preflight", "lr"], "lr"),
+        (["--preflight=off"], "off"),
+        (["--preflight", "quick", "--seed", "3"], "quick"),
+    ],
+)
+def test_preflight_alone_means_all_of_it(arguments, mode):
+    assert parse(*arguments).preflight == mode
+
+
+def test_preflight_of_another_word_is_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse("--preflight", "fast")
+    assert caught.value.code == 2
+    assert "quick" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["--batch_size", "five"], "--batch_size"),

@@ -28,6 +28,7 @@ def parse_settings(kind: type[Settings], arguments: Sequence[str], description: 
         UsageError: unknown recipe key, unreadable recipe, or values out of range; nothing was written.
         SystemExit: with code 2 for an unknown flag or a malformed value, 0 for --help.
     """
+    arguments = _spell_out(arguments)
     recipe = _recipe_path(arguments)
     default = kind() if recipe is None else _read_recipe(kind, recipe)
     settings = tyro.cli(kind, args=list(arguments), default=default, description=description, use_underscores=True)
@@ -35,6 +36,15 @@ def parse_settings(kind: type[Settings], arguments: Sequence[str], description: 
     if problems:
         raise UsageError(problems)
     return settings
+
+
+def _spell_out(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with --preflight alone, at the end or before another flag, as --preflight full."""
+    followers = [*arguments[1:], "--"]
+    return [
+        "--preflight=full" if argument == "--preflight" and following.startswith("--") else argument
+        for argument, following in zip(arguments, followers)
+    ]
 
 
 def _recipe_path(arguments: Sequence[str]) -> str | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -48,3 +49,36 @@ class Loader(Protocol):
     def batches(self, epoch: int, start: int) -> Iterator[Any]:
         """Yield the global batches of an epoch from sample number `start` on."""
         ...
+
+
+class Split(Protocol):
+    """Samples that are gathered by number, as they are stored."""
+
+    def __len__(self) -> int: ...
+
+    def gather(self, indices: torch.Tensor) -> Batch:
+        """Return the samples at int64 `indices` [B]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """What preflight must know of a task, from its script."""
+
+    splits: Mapping[str, Split]  # "train", of a stream its beginning, and "validation"
+    load: Callable[[str, torch.Tensor, int | None], Batch]
+    """Returns samples of a split by number, as the network sees them, on the device: augmented as in that epoch, or
+    plain for None."""
+    predict: Callable[[nn.Module, Batch], torch.Tensor]  # what the model answers, [B, ...]
+    inputs: tuple[str, ...]  # the tensors of a batch that enter the model
+    targets: tuple[str, ...]  # those that only the loss may see; none where the input is the target
+    untrained_loss: Callable[[Batch], float]  # what theory says of the mean loss of an untrained model
+    constant_loss: Callable[[Batch], float]
+    """Returns the least mean loss of an answer that is the same for all samples; needs nothing but their targets."""
+    num_classes: int | None = None  # of outputs [B, num_classes] and labels; None: no classification
+    augmented: bool = False  # training samples are changed at random
+    # When a few samples count as learned by heart: the share of the first loss that is left, after how many steps of
+    # Adam at most, and the metrics that are perfect then.
+    overfit_share: float = 0.05
+    overfit_steps: int = 1000
+    overfit_metrics: Mapping[str, float] = field(default_factory=dict)

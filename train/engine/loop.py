@@ -95,7 +95,7 @@ class Loop:
                 for batch in self.loader.batches(progress.epoch, progress.sample):
                     if first:
                         self._warm_up_buckets(batch)
-                    self._step(batch)
+                    self.step(batch)
                     if first:
                         self.saver.reserve()
                         first = False
@@ -111,7 +111,7 @@ class Loop:
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
-    def _step(self, batch: GlobalBatch) -> None:
+    def step(self, batch: GlobalBatch) -> None:
         """Use one global batch."""
         state, progress, device = self.state, self.state.progress, self.runtime.device
         rate = self.settings.learning_rate * self.schedule(progress.step) * progress.plateau.scale

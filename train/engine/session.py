@@ -96,6 +96,10 @@ def open_session(settings: TrainSettings, runtime: Runtime, data: dict[str, Any]
     mine: list[RunDirectory] = []
 
     def choose() -> tuple[Checkpoint | None, Batching, list[str]]:
+        if settings.only_preflight:  # the run as it would start; its checkpoints stay as they are
+            batching = plan_batching(settings, runtime.num_processes)
+            mine.append(open_run(path))
+            return None, batching, []
         if not checkpoint.list_steps(path / "checkpoints"):  # refuse before a folder is made
             plan_batching(settings, runtime.num_processes)
             if settings.resume in ("latest", "best"):
@@ -153,7 +157,7 @@ def prepare_state(settings: TrainSettings, runtime: Runtime, session: Session, m
 def start_tracking(settings: RunSettings, runtime: Runtime, session: Session) -> Tracker:
     """Make the directory ready for this start, on rank 0: set newer checkpoints aside, cut metrics back, track."""
     run, found = session.run, session.found
-    if run is None or not runtime.is_main:
+    if run is None or not runtime.is_main or settings.only_preflight:
         return Tracker(None)
     moved = checkpoint.set_aside_newer(run.checkpoints, None if found is None else found.step)
     if moved:
@@ -225,7 +229,10 @@ def _compare(settings: RunSettings, runtime: Runtime, data: dict[str, Any], foun
         "precision": runtime.accelerator.mixed_precision,
     }
     old = {**saved["config"], "data": saved["data"]["fingerprint"], "precision": saved["precision"]}
-    hidden = {"config", "resume", "allow_changes", "run_name", "output_dir", "dry_run", "dataset", "mixed_precision"}
+    hidden = {
+        "config", "resume", "allow_changes", "run_name", "output_dir", "dry_run", "preflight", "dataset",
+        "mixed_precision",
+    }  # fmt: skip
     notes, refused = [], []
     for name in sorted((old.keys() | new.keys()) - hidden):
         before, now = _plain(old.get(name)), _plain(new.get(name))

@@ -51,13 +51,21 @@ class RunSettings:
     """Newest checkpoints to keep; the best is kept besides."""
     dry_run: bool = False
     """Check everything, do one step and one evaluation batch, write nothing."""
+    preflight: Literal["quick", "full", "lr", "off"] = "quick"
+    """--preflight, or full: check everything before a run, write preflight.md, and leave with 0, or with 3 if a check
+    fails. quick: a few seconds of checks at a fresh start, which only warn. lr: try learning rates, draw the curve."""
     verify_resume: bool = False
     """Run a few steps straight, and killed and restarted, compare all tensors, and leave with 0 if equal, else 3."""
 
     neutral: ClassVar[frozenset[str]] = frozenset({
         "output_dir", "run_name", "config", "resume", "allow_changes", "tracker", "wandb_project", "log_every",
-        "checkpoint_every", "checkpoint_format", "keep_checkpoints", "dry_run", "verify_resume",
+        "checkpoint_every", "checkpoint_format", "keep_checkpoints", "dry_run", "preflight", "verify_resume",
     })  # fmt: skip
+
+    @property
+    def only_preflight(self) -> bool:
+        """Whether this start examines the run instead of training."""
+        return self.preflight in ("full", "lr")
 
     def conditions(self) -> Iterator[tuple[bool, str, str]]:
         """Yield, for each rule, whether it holds, the setting, and what it must be."""

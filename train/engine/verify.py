@@ -45,6 +45,7 @@ def verify_resume(settings: RunSettings, script: str) -> int:
         "keep_checkpoints": STEPS,
         "tracker": "none",
         "dry_run": False,
+        "preflight": "off",
         "verify_resume": False,
     }
     recipe = folder / f"recipe_{rank}.yaml"

@@ -1,0 +1,449 @@
+"""The machine: processes and devices, precision, the run's folder, room on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from train.engine import checkpoint, storage
+from train.engine.checks.finding import Finding, Status, judge, listing, skip
+from train.engine.checks.subject import Subject
+from train.engine.runtime import Runtime
+from train.engine.tensors import named_tensors
+
+# What `srun` and `mpirun` tell each of the tasks that they start: how many there are.
+TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+IDLE_CORES = 8  # of a machine with fewer, nobody misses some
+AUTOCAST = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+# Names in torch.cpu.get_capabilities() by processor architecture (torch 2.13).
+BF16_INSTRUCTIONS = {"x86_64": ("avx512_bf16", "amx_bf16"), "aarch64": ("bf16", "sve_bf16"), "arm64": ("bf16",)}
+SIGHT_SECONDS = 3.0  # for a file to appear on other hosts: network file systems keep what they know of a folder a while
+SMALL_FILES = 50 * 2**20  # bytes, generously: metrics, pictures, state.json, generators, what a tracker keeps
+FILES_BESIDE = 20  # of a run, besides its checkpoints
+MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1}  # tensors that an optimizer keeps for each parameter
+
+
+class _Problem(NamedTuple):
+    status: Status
+    said: str
+    cause: str
+
+
+def check_processes(subject: Subject) -> Iterator[Finding]:
+    """See that there are as many processes as were meant, each with a device of its own, and in which precision."""
+    yield _judge_processes(_gather(subject.runtime, _describe_process(subject.runtime)), os.environ)
+    yield _judge_precision(subject)
+
+
+def _describe_process(runtime: Runtime) -> dict[str, Any]:
+    """Return, in plain values, what a process has of its machine."""
+    device = runtime.device
+    seen = [_identify_gpu(number) for number in range(torch.cuda.device_count())]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return {
+        "host": socket.gethostname(),
+        "device": str(device),
+        "gpu": seen[device.index or 0] if device.type == "cuda" else None,
+        "gpus": seen,
+        "unused": accelerator.type if accelerator is not None and device.type == "cpu" else None,
+        "threads": torch.get_num_threads(),
+        "cores": sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1)),
+    }
+
+
+def _identify_gpu(number: int) -> str:
+    """Return what tells a GPU from all others. Each process may number those it sees from 0."""
+    properties = torch.cuda.get_device_properties(number)
+    return str(getattr(properties, "uuid", number))
+
+
+def _gather(runtime: Runtime, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the plain values of all processes, in the order of the ranks."""
+    text = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+    lengths = [int(length) for length in runtime.gather(torch.tensor([len(text)]))]
+    padded = torch.zeros(max(lengths), dtype=torch.uint8)
+    padded[: len(text)] = text
+    return [json.loads(bytes(everyone[:length].tolist())) for everyone, length in zip(runtime.gather(padded), lengths)]
+
+
+def _judge_processes(everyone: list[dict[str, Any]], environment: Mapping[str, str]) -> Finding:
+    problems = _find_launch_problems(len(everyone), environment)
+    by_host: dict[str, list[dict[str, Any]]] = {}
+    for facts in everyone:
+        by_host.setdefault(facts["host"], []).append(facts)
+    for host, local in by_host.items():
+        problems += _find_gpu_problems(host, local, len(everyone), len(by_host))
+        problems += _find_thread_problems(host, local, environment)
+    devices = Counter(facts["device"].split(":")[0] for facts in everyone)
+    parts = [
+        f"{len(everyone)} process(es) on {len(by_host)} host(s)",
+        " and ".join(f"{count} x {kind}" for kind, count in devices.items()),
+    ]
+    if "cpu" in devices:
+        first = everyone[0]
+        parts.append(f"{first['threads']} thread(s) each, {len(first['cores'])} core(s)")
+    problems.sort(key=lambda problem: problem.status != "fail")
+    return judge(
+        "processes",
+        not problems,
+        ", ".join([*parts, *(problem.said for problem in problems)]),
+        "as many processes as were meant, each with a device of its own, and no device idle",
+        tuple(dict.fromkeys(problem.cause for problem in problems)),
+        otherwise=problems[0].status if problems else "fail",
+        processes=[{key: value for key, value in facts.items() if key != "cores"} for facts in everyone],
+        cores={host: len(_cores(local)) for host, local in by_host.items()},
+    )
+
+
+def _find_launch_problems(num_processes: int, environment: Mapping[str, str]) -> list[_Problem]:
+    """Compare the number of processes with what the launcher left in the environment."""
+    script = _script()
+    for name in TASK_COUNTS:
+        tasks = int(environment.get(name) or 1)
+        launcher_alone = "TORCHELASTIC_RUN_ID" in environment and environment.get("LOCAL_WORLD_SIZE") == str(
+            num_processes
+        )
+        if tasks > 1 and (num_processes < tasks or launcher_alone):
+            starter = "srun" if name.startswith("SLURM") else "mpirun"
+            return [
+                _Problem(
+                    "fail",
+                    f"{starter} started {tasks} tasks ({name}), and each of them is a run of its own",
+                    f"{starter} starts processes that know nothing of each other. Start one launcher on each node: "
+                    "srun --ntasks-per-node=1 bash -c 'torchrun --nnodes $SLURM_NNODES --node-rank $SLURM_NODEID "
+                    f"--nproc-per-node N --master-addr HEAD --master-port PORT {script}'",
+                )
+            ]
+    # `accelerate launch --num_processes 2` on CPUs starts one process, and leaves an address behind (accelerate 1.15).
+    meant_several = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
+    if num_processes == 1 and meant_several and "WORLD_SIZE" not in environment:
+        return [
+            _Problem(
+                "fail",
+                "accelerate launch was told of several processes, and started one",
+                "on CPUs accelerate launch starts one process whatever it is told: ACCELERATE_USE_CPU=true torchrun "
+                f"--nproc_per_node N {script}",
+            )
+        ]
+    allotted = int(environment.get("SLURM_NTASKS") or 1)
+    if "SLURM_STEP_NUM_TASKS" not in environment and num_processes < allotted:
+        return [
+            _Problem(
+                "warn",
+                f"SLURM allotted {allotted} tasks",
+                f"the job asks for tasks that nothing runs in: torchrun --nproc_per_node {allotted} {script}, or ask "
+                "for --ntasks=1 with --cpus-per-task",
+            )
+        ]
+    return []
+
+
+def _find_gpu_problems(host: str, local: list[dict[str, Any]], num_processes: int, num_hosts: int) -> list[_Problem]:
+    """Find GPUs of a host that several processes have, or none."""
+    problems = []
+    used = Counter(facts["gpu"] for facts in local if facts["gpu"] is not None)
+    shared = [gpu for gpu, count in used.items() if count > 1]
+    if shared:
+        count = max(used.values())
+        problems.append(
+            _Problem(
+                "fail",
+                f"{count} processes share one GPU of {host}",
+                f"more processes than GPUs: --num_processes {num_processes - sum(used.values()) + len(used)}, or let "
+                "CUDA_VISIBLE_DEVICES name all GPUs",
+            )
+        )
+    idle = {gpu for facts in local for gpu in facts["gpus"]} - used.keys()
+    if used and idle:
+        command = f"accelerate launch --multi_gpu --num_processes {len(used) + len(idle)}"
+        command += "" if num_hosts == 1 else f" on each of {num_hosts} nodes (times the nodes)"
+        problems.append(
+            _Problem(
+                "warn",
+                f"{len(idle)} of the {len(used) + len(idle)} GPUs of {host} idle",
+                f"fewer processes than GPUs: {command} {_script()}. If that is meant, say so with CUDA_VISIBLE_DEVICES",
+            )
+        )
+    unused = next((facts["unused"] for facts in local if facts["unused"] is not None), None)
+    if unused is not None:
+        problems.append(
+            _Problem(
+                "warn",
+                f"{host} has a {unused} device, and computes on the CPU",
+                f"the launcher asks for the CPU: accelerate launch {_script()}, without use_cpu or ACCELERATE_USE_CPU",
+            )
+        )
+    return problems
+
+
+def _find_thread_problems(host: str, local: list[dict[str, Any]], environment: Mapping[str, str]) -> list[_Problem]:
+    """Find more threads than cores; or idle cores that torchrun, not the user, left so."""
+    if local[0]["device"] != "cpu":
+        return []
+    threads, cores = sum(facts["threads"] for facts in local), len(_cores(local))
+    fitting = max(1, cores // len(local))
+    if threads > max(cores, len(local)):
+        return [
+            _Problem(
+                "warn",
+                f"{threads} threads on {cores} core(s) of {host}",
+                f"threads take the cores from each other: OMP_NUM_THREADS={fitting}",
+            )
+        ]
+    if len(local) > cores:
+        return [
+            _Problem(
+                "warn",
+                f"{len(local)} processes on {cores} core(s) of {host}",
+                f"processes take the cores from each other: start {cores}",
+            )
+        ]
+    # A single thread that the user asked for and the one that torchrun sets by itself look alike; the latter is
+    # common on large machines. One process alone has what the user set, and is left in peace.
+    alone = len(local) == 1 or "TORCHELASTIC_RUN_ID" not in environment
+    if not alone and threads == len(local) and cores >= max(IDLE_CORES, 4 * threads):
+        return [
+            _Problem(
+                "warn",
+                f"{cores - threads} of {cores} cores of {host} idle",
+                f"torchrun sets OMP_NUM_THREADS=1 where it is not set: OMP_NUM_THREADS={fitting}",
+            )
+        ]
+    return []
+
+
+def _cores(local: list[dict[str, Any]]) -> set[int]:
+    return {core for facts in local for core in facts["cores"]}
+
+
+def _script() -> str:
+    return f"{os.path.relpath(sys.argv[0]) if sys.argv[0] else 'SCRIPT'} ..."
+
+
+def _judge_precision(subject: Subject) -> Finding:
+    accelerator, device = subject.runtime.accelerator, subject.runtime.device
+    ones = torch.ones(8, 8, device=device)
+    with accelerator.autocast():
+        dtype = (ones @ ones).dtype
+    origin = "the launcher's" if subject.settings.mixed_precision is None else "asked for"
+    name = str(accelerator.mixed_precision)
+    measured = f"{name} ({origin}), products in {_plain(dtype)} on {device.type}"
+    values: dict[str, Any] = {"mixed_precision": name, "dtype": _plain(dtype), "device": device.type}
+    if dtype != AUTOCAST[name]:
+        cause = f"autocast is off or of another type: --mixed_precision {name}, and the launcher's YAML"
+        return judge("precision", False, measured, f"products in {_plain(AUTOCAST[name])}", (cause,), **values)
+    native = None if dtype != torch.bfloat16 else _has_bf16(device)
+    if native is None and dtype == torch.bfloat16:
+        measured += "; whether the processor has instructions for it cannot be told"
+    return judge(
+        "precision",
+        native is not False,
+        measured if native is not False else f"{measured}, which has no instructions for it",
+        "the precision asked for, and a device that is made for it",
+        (
+            "bf16 is emulated here, and slower than float32: --mixed_precision no"
+            + (", or fp16" if device.type == "cuda" else ""),
+        ),
+        otherwise="warn",
+        **values,
+    )
+
+
+def _has_bf16(device: torch.device) -> bool | None:
+    """Say whether a device multiplies in bfloat16 by itself; None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return None
+    able = torch.cpu.get_capabilities()
+    names = BF16_INSTRUCTIONS.get(str(able.get("architecture")).lower())
+    return None if names is None else any(bool(able.get(name)) for name in names)
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_folder(subject: Subject) -> Iterator[Finding]:
+    """Save something small from every process as a checkpoint is saved, and see whether all see the same folder."""
+    run, runtime = subject.session.run, subject.runtime
+    if run is None:
+        yield skip("run folder", "a dry run writes nothing")
+        return
+    token = runtime.broadcast(secrets.token_hex(8))
+    error, seconds = _try_to_save(run.checkpoints, runtime.rank)
+    sign = run.checkpoints / ".tmp-preflight-token"  # swept at the next start, should this one be killed here
+    if runtime.is_main:
+        _write_token(sign, token)
+    runtime.broadcast(None)  # it is there now
+    sees = _wait_for_token(sign, token)
+    everyone = _gather(runtime, {"host": socket.gethostname(), "error": error, "seconds": seconds, "sees": sees})
+    if runtime.is_main:
+        sign.unlink(missing_ok=True)
+    yield _judge_folder(run.path, everyone, subject.settings.checkpoint_format == "sharded")
+
+
+def _judge_folder(path: Path, everyone: list[dict[str, Any]], sharded: bool) -> Finding:
+    cannot_write = [_place(rank, facts) for rank, facts in enumerate(everyone) if facts["error"]]
+    seen = [facts["sees"] or bool(everyone[0]["error"]) for facts in everyone]  # what rank 0 cannot write, nobody sees
+    blind = [_place(rank, facts) for rank, (facts, sees) in enumerate(zip(everyone, seen)) if not sees]
+    needed = everyone if sharded else everyone[:1]
+    failed = any(facts["error"] for facts in needed) or (sharded and bool(blind))
+    said = [f"{path}: {len(everyone) - len(cannot_write)} of {len(everyone)} process(es) could save"]
+    causes = []
+    if cannot_write:
+        said.append(f"not {listing(cannot_write)}: {next(facts['error'] for facts in everyone if facts['error'])}")
+        causes.append("full, read-only, or of another user: df and ls -ld show it; --output_dir takes another folder")
+    if blind:
+        said.append(f"{listing(blind)} do not see what rank 0 writes")
+        causes.insert(
+            0,
+            "the folder is not the same on all hosts, so they cannot resume: use a file system that all hosts share, "
+            "--output_dir",
+        )
+    return judge(
+        "run folder",
+        not cannot_write and not blind,
+        ", ".join(said),
+        "all processes write, flush, rename, read back and remove a file there, and see those of the others",
+        tuple(causes),
+        otherwise="fail" if failed else "warn",
+        processes=everyone,
+    )
+
+
+def _place(rank: int, facts: dict[str, Any]) -> str:
+    return f"rank {rank} on {facts['host']}"
+
+
+def _try_to_save(folder: Path, rank: int) -> tuple[str, float]:
+    """Commit, read back and remove a small directory; return what went wrong, and the seconds it took."""
+    final = folder / f".tmp-preflight-{rank:05d}"
+    content = bytes(range(256)) * 16
+    start = time.perf_counter()
+    try:
+        storage.remove_tree(final)
+        storage.commit_directory(final, lambda path: _write(path / "file", content))
+        right = (final / "file").read_bytes() == content
+        storage.remove_directory(final)
+    except OSError as error:
+        return error.strerror or type(error).__name__, time.perf_counter() - start
+    return "" if right else "reads back other bytes than were written", time.perf_counter() - start
+
+
+def _write(path: Path, content: bytes) -> None:
+    storage.write_durably(path, [content])
+
+
+def _write_token(sign: Path, token: str) -> None:
+    """Write it if that is possible at all; whether it was comes out where it is read."""
+    try:
+        storage.remove_tree(sign)
+        _write(sign, token.encode())
+    except OSError:
+        return
+
+
+def _wait_for_token(sign: Path, token: str) -> bool:
+    """Say whether the token that rank 0 wrote in this very start can be read here."""
+    end = time.monotonic() + SIGHT_SECONDS
+    while True:
+        try:
+            if sign.read_bytes() == token.encode():
+                return True
+        except OSError:
+            pass  # not there yet, or not to be seen from here
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+
+
+def check_disk(subject: Subject) -> Iterator[Finding]:
+    """Compare the room that the run's checkpoints will take with what is free.
+
+    A quota of the user or the project cannot be seen this way: the file system tells of its own room only.
+    """
+    if subject.session.run is None:
+        yield skip("disk space", "a dry run writes nothing")
+        return
+    folder, settings, state = subject.session.run.checkpoints, subject.settings, subject.state
+    weights = sum(_num_bytes(tensor) for tensor in named_tensors(state.model)[0].values())
+    moments = MOMENTS[settings.optimizer] * sum(
+        _num_bytes(parameter) for parameter in state.model.parameters() if parameter.requires_grad
+    )
+    averages = sum(_num_bytes(tensor) for tensor in (state.ema or {}).values())
+    one = weights + moments + averages
+    copies = settings.keep_checkpoints + 2  # the best one, and one that is being written
+    files = (3 if settings.checkpoint_format == "whole" else 3 * subject.runtime.num_processes) + 3
+    yield subject.runtime.on_main(lambda: _judge_disk(folder, one, copies, files))
+
+
+def _judge_disk(folder: Path, one: int, copies: int, files: int) -> Finding:
+    try:
+        free, inodes = shutil.disk_usage(folder).free, _free_inodes(folder)
+        there = sum(_size_of(folder / checkpoint.step_name(step)) for step in checkpoint.list_steps(folder))
+    except OSError as error:
+        return skip("disk space", f"cannot be told: {error.strerror}")
+    # What older checkpoints of this run take is given back as new ones come.
+    needed = max(0, one * copies - there) + SMALL_FILES
+    short_of_files = inodes is not None and inodes < files * copies + FILES_BESIDE
+    said = (
+        f"{_size(free)} free, {_size(needed)} needed: {copies} checkpoints of {_size(one)} and {_size(SMALL_FILES)} "
+        "beside"
+    )
+    if there:
+        said += f", less {_size(there)} that are there"
+    if short_of_files:
+        said += f"; room for {inodes} more files only"
+    return judge(
+        "disk space",
+        free >= 2 * needed and not short_of_files,
+        said,
+        "twice of what is needed",
+        (
+            "too many checkpoints for this disk: --keep_checkpoints 1",
+            "other files fill the disk: remove some, or choose another folder with --output_dir",
+        ),
+        otherwise="fail" if free < needed or short_of_files else "warn",
+        free=free,
+        needed=needed,
+        one_checkpoint=one,
+        copies=copies,
+        there=there,
+        free_files=inodes,
+    )
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()  # of a sharded tensor, too, numel counts the whole
+
+
+def _free_inodes(folder: Path) -> int | None:
+    """Return how many files may still be made, None where the file system sets no number."""
+    status = os.statvfs(folder)
+    return status.f_favail if status.f_files else None
+
+
+def _size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _size(count: int) -> str:
+    """Return bytes as people read them."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
+    return f"{count / 1000:.3g} kB"

@@ -1,0 +1,112 @@
+"""Preflight: find the bug before the cluster hours are spent.
+
+--preflight examines a run that is ready to start, on its exact configuration, and leaves with 0 or 3. A quick part of
+it looks at every fresh start and warns. Neither changes the run that follows: weights, optimizer, generators and data
+position are as if it had not looked.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from train.engine.checks.data import (
+    check_augmentation,
+    check_batches,
+    check_features,
+    check_inputs,
+    check_labels,
+    check_overlap,
+)
+from train.engine.checks.evaluation import check_evaluation
+from train.engine.checks.finding import Finding
+from train.engine.checks.gradients import check_gradients, check_optimizer, check_samples_apart
+from train.engine.checks.learning import check_learning, check_overfit
+from train.engine.checks.machine import check_disk, check_folder, check_processes
+from train.engine.checks.outputs import check_initial_loss, check_outputs
+from train.engine.checks.rate import check_learning_rate
+from train.engine.checks.report import Report, write_report
+from train.engine.checks.round_trip import check_round_trip
+from train.engine.checks.speed import check_speed
+from train.engine.checks.step import check_step
+from train.engine.checks.subject import Subject, without_trace
+from train.engine.errors import EXIT_DONE, EXIT_PREFLIGHT, UsageError
+
+Check = Callable[[Subject], Iterable[Finding]]
+
+MACHINE: tuple[Check, ...] = (check_processes, check_folder, check_disk)
+# None of these changes a weight, and all of them together take a few seconds at most.
+QUICK: tuple[Check, ...] = (
+    *MACHINE,
+    check_inputs,
+    check_features,
+    check_labels,
+    check_overlap,
+    check_batches,
+    check_augmentation,
+    check_outputs,
+    check_initial_loss,
+    check_gradients,
+    check_optimizer,
+    check_samples_apart,
+    check_evaluation,
+)
+FULL: tuple[Check, ...] = (*QUICK, check_overfit, check_learning, check_step, check_round_trip, check_speed)
+
+
+def examine(subject: Subject, checks: Iterable[Check]) -> Report:
+    """Carry the checks out, in order; all processes together.
+
+    A check that breaks off with an error is a finding, too.
+    """
+    start = time.perf_counter()
+    findings: list[Finding] = []
+    for check in checks:
+        began = time.perf_counter()
+        with without_trace(subject):
+            new = _carry_out(check, subject)
+        seconds = (time.perf_counter() - began) / max(len(new), 1)
+        findings += [replace(finding, seconds=round(seconds, 3)) for finding in new]
+        if any(finding.stop for finding in new):
+            break
+    return Report(subject.settings.preflight, tuple(findings), time.perf_counter() - start)
+
+
+def _carry_out(check: Check, subject: Subject) -> list[Finding]:
+    found: list[Finding] = []
+    try:
+        found.extend(check(subject))
+    except UsageError:  # already says what to do, and stops the run anyway
+        raise
+    except Exception as error:  # any defect of a model or a loss may come out here: finding it is what this is for
+        name = check.__name__.removeprefix("check_").replace("_", " ")
+        text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        cause = "training would break off with the same error: mend it first"
+        found.append(Finding(name, "fail", text, "no error", (cause,)))
+    return found
+
+
+def warn(subject: Subject) -> None:
+    """Carry out the quick checks before a run and say what is not as expected; never stops the run.
+
+    A run that goes on from a checkpoint is no longer untrained: of it, only the machine is looked at.
+    """
+    resumed = subject.session.found is not None
+    report = examine(subject, MACHINE if resumed else QUICK)
+    if subject.runtime.is_main:
+        print(report.summary(), flush=True)
+        if subject.session.run is not None and not resumed:
+            write_report(report, subject.session.run.path)
+
+
+def preflight(subject: Subject) -> int:
+    """Carry out what --preflight asks for, print and write the report, and return the exit code."""
+    checks = (check_learning_rate,) if subject.settings.preflight == "lr" else FULL
+    report = examine(subject, checks)
+    if subject.runtime.is_main:
+        print(report.table(), flush=True)
+        if subject.session.run is not None:
+            print("\n".join(f"written {path}" for path in write_report(report, subject.session.run.path)), flush=True)
+    failed = subject.runtime.broadcast(report.failed)
+    return EXIT_PREFLIGHT if failed else EXIT_DONE
