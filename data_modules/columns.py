@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from data_modules.errors import DataError
 from data_modules.options import DataOptions, Task
@@ -20,7 +21,7 @@ class Columns:
 
     task: Task
     inputs: list[str]
-    label: str
+    label: str | None  # None: labels do not matter
 
 
 def find_columns(source: str, rows: Rows, options: DataOptions) -> Columns:
@@ -31,9 +32,7 @@ def find_columns(source: str, rows: Rows, options: DataOptions) -> Columns:
             data; says which columns there are and which flag decides.
     """
     names = rows.data.column_names
-    for name in (*options.input_columns, *options.categorical_columns, options.label_column):
-        if name is not None and name not in names:
-            raise DataError(f"{source}: has no column {name!r}; its columns are {', '.join(names)}")
+    _check_names(source, names, (*options.input_columns, *options.categorical_columns, options.label_column))
     kinds = {name: _kind(rows, name) for name in names}
     label = options.label_column or _find_label(source, rows, kinds, options)
     inputs = list(options.input_columns) or [name for name in names if name != label and not is_index(name)]
@@ -64,6 +63,45 @@ def find_columns(source: str, rows: Rows, options: DataOptions) -> Columns:
         problem = f"more than one {what} column ({', '.join(fitting)})" if fitting else f"no {what} column"
         raise DataError(f"{source}: {problem} among {', '.join(inputs)}; name it with --input_columns")
     return Columns(task, fitting, label)  # type: ignore[arg-type]
+
+
+def find_image_column(source: str, rows: Rows, options: DataOptions) -> Columns:
+    """Find the column of images, for a task to which labels and other columns do not matter.
+
+    Raises:
+        DataError: there is no such column, or more than one; says what there is and what to do.
+    """
+    names = rows.data.column_names
+    _check_names(source, names, options.input_columns)
+    images = [name for name in names if holds_images(rows.data.features[name])]
+    if not images:
+        kinds = {_kind(rows, name) for name in names}
+        refuse_kind(source, next((kind for kind in ("text", "points") if kind in kinds), "table"))
+    chosen = list(options.input_columns) or images
+    if len(chosen) > 1:
+        raise DataError(
+            f"{source}: reconstruction takes one image column, not {', '.join(chosen)}; name one with --input_columns"
+        )
+    return Columns("image", chosen, None)
+
+
+def refuse_kind(source: str, kind: str) -> NoReturn:
+    """Refuse samples that are no images where images are to be reconstructed.
+
+    Raises:
+        DataError: always.
+    """
+    held = {"text": "text", "points": "lists of numbers"}.get(kind, "a table")
+    raise DataError(
+        f"{source}: holds {held}; reconstruction needs images. Give digits, a folder of images, or files or a hub id "
+        "with a column of images"
+    )
+
+
+def _check_names(source: str, names: list[str], wanted: Iterable[str | None]) -> None:
+    for name in wanted:
+        if name is not None and name not in names:
+            raise DataError(f"{source}: has no column {name!r}; its columns are {', '.join(names)}")
 
 
 def is_index(name: str) -> bool:

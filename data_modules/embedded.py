@@ -12,14 +12,17 @@ from data_modules.splits import (
     fingerprint_tensors,
     measure_moments,
     measure_normalization,
+    scale_only,
 )
 from data_modules.stratify import stratified_parts
 
 SPLIT_SEED = 0  # the cut is part of the data: the same for every seed of a run
 
 
-def load_digits() -> DataModule:
+def load_digits(*, labelled: bool = True) -> DataModule:
     """Load 1,797 scans of handwritten digits, 8 x 8 pixels in 17 grey levels, cut 70/15/15 with equal class shares.
+
+    Without labels the parts are the same, there are no classes, and pixels are normalised to [0, 1].
 
     Source: UCI "Optical Recognition of Handwritten Digits" as shipped by scikit-learn.
     """
@@ -29,8 +32,11 @@ def load_digits() -> DataModule:
     images_BCHW = torch.tensor(bunch.images, dtype=torch.uint8)[:, None]
     labels = torch.tensor(bunch.target, dtype=torch.int64)
     parts = stratified_parts(labels, (0.70, 0.15, 0.15), SPLIT_SEED)
-    train, validation, test = (Split(Arrays({"inputs": images_BCHW[part]}), labels[part]) for part in parts)
     moments_NC2 = measure_moments(images_BCHW[parts[0]].numpy())
+    normalization = measure_normalization(torch.from_numpy(moments_NC2), pixels=64, scale=1 / 16)
+    if not labelled:
+        labels, normalization = torch.zeros_like(labels), scale_only(1 / 16, channels=1)
+    train, validation, test = (Split(Arrays({"inputs": images_BCHW[part]}), labels[part]) for part in parts)
     return DataModule(
         name="digits",
         fingerprint=fingerprint_tensors(images_BCHW, labels, *parts),
@@ -38,8 +44,8 @@ def load_digits() -> DataModule:
         train=train,
         validation=validation,
         test=test,
-        class_names=[str(name) for name in bunch.target_names],
-        normalization=measure_normalization(torch.from_numpy(moments_NC2), pixels=64, scale=1 / 16),
+        class_names=[str(name) for name in bunch.target_names] if labelled else [],
+        normalization=normalization,
     )
 
 

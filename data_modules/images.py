@@ -1,4 +1,4 @@
-"""Labelled images: what a column of compressed images becomes."""
+"""Images: what a column of compressed images becomes."""
 
 from __future__ import annotations
 

@@ -74,8 +74,10 @@ def has_labels(rows: Rows, column: str) -> bool:
     return column in rows.data.column_names and not set(rows.data.unique(column)) <= {None, -1}
 
 
-def number_labels(rows: Rows, column: str, class_names: list[str]) -> torch.Tensor:
-    """Return class numbers, int64 [N]; rows without a known label are rejected and hold 0."""
+def number_labels(rows: Rows, column: str | None, class_names: list[str]) -> torch.Tensor:
+    """Return class numbers, int64 [N]; rows without a known label are rejected and hold 0; without a column, all 0."""
+    if column is None:
+        return torch.zeros(len(rows), dtype=torch.int64)
     feature = rows.data.features[column]
     named = {name: number for number, name in enumerate(class_names)}
     numbered = type(feature).__name__ == "ClassLabel"

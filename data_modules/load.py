@@ -7,12 +7,14 @@ none, fit the preprocessing on what is left to train on, and only then encode al
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import xxhash
 
-from data_modules.columns import Columns, find_columns, is_index
+from data_modules.columns import Columns, find_columns, find_image_column, is_index, refuse_kind
 from data_modules.errors import DataError
 from data_modules.images import ImagePreprocessing, fit_images
 from data_modules.labels import find_class_names, find_twins, has_labels, number_labels
@@ -20,7 +22,15 @@ from data_modules.options import DataOptions, Task
 from data_modules.points import PointPreprocessing, fit_points
 from data_modules.rows import Rows
 from data_modules.source import open_source
-from data_modules.splits import DataModule, InputSpec, Normalization, Preprocessing, Split, measure_normalization
+from data_modules.splits import (
+    DataModule,
+    InputSpec,
+    Normalization,
+    Preprocessing,
+    Split,
+    measure_normalization,
+    scale_only,
+)
 from data_modules.stratify import stratified_parts
 from data_modules.stream import BLOCK, Stream, count_rows, hold
 from data_modules.tables import TablePreprocessing, fit_table
@@ -29,24 +39,48 @@ from data_modules.text import TextPreprocessing, count_changes, fit_text
 SPLIT_SEED = 0  # the cut is part of the data: the same for every seed of a run
 
 
-def load_data(options: DataOptions) -> DataModule:
+def load_data(options: DataOptions, *, labelled: bool = True) -> DataModule:
     """Load a data set.
+
+    Args:
+        options: what the user says of it.
+        labelled: False for images to be reconstructed: labels do not matter, all are 0, there are no classes, and
+            pixels are normalised to [0, 1].
 
     Raises:
         DataError: it cannot be used; says what, where and what to do.
     """
     from data_modules import embedded, embedded_tables
 
-    embedded_sets = {
-        "digits": embedded.load_digits,
+    if not labelled:
+        _refuse_for_reconstruction(options)
+    embedded_sets: dict[str, Callable[[], DataModule]] = {
+        "digits": partial(embedded.load_digits, labelled=labelled),
         "blobs": embedded.load_blobs,
         "breast_cancer": embedded_tables.load_breast_cancer,
         "wine": embedded_tables.load_wine,
     }
     if options.dataset in embedded_sets:
         _refuse_options(options, None)
-        return embedded_sets[options.dataset]()
-    return _load_source(options)
+        data = embedded_sets[options.dataset]()
+        if not labelled and data.inputs.task != "image":
+            refuse_kind(options.dataset, data.inputs.task)
+        return data
+    return _load_source(options, labelled)
+
+
+def _refuse_for_reconstruction(options: DataOptions) -> None:
+    """Refuse what says nothing about images without labels, or would take their pixels out of [0, 1]."""
+    reasons = {
+        "label_column": "reconstruction uses no labels",
+        "image_mean": "reconstruction needs pixels in [0, 1]",
+        "image_std": "reconstruction needs pixels in [0, 1]",
+    }
+    for name, reason in reasons.items():
+        if getattr(options, name):
+            raise DataError(f"--{name}: {reason}; leave it out")
+    if options.task not in ("auto", "image"):
+        raise DataError(f"--task {options.task}: reconstruction needs images; leave it out")
 
 
 def _refuse_options(options: DataOptions, task: Task | None) -> None:
@@ -67,7 +101,7 @@ def _refuse_options(options: DataOptions, task: Task | None) -> None:
             raise DataError(f"--{field.name}: is for {others[0]}, and {what}; leave it out")
 
 
-def _load_source(options: DataOptions) -> DataModule:
+def _load_source(options: DataOptions, labelled: bool) -> DataModule:
     source = options.dataset
     opened = open_source(options)
     names = _choose_splits(source, list(opened), options)
@@ -83,22 +117,14 @@ def _load_source(options: DataOptions) -> DataModule:
     for rows in parts.values():
         if len(rows) == 0:
             raise DataError(f"{source}: split {rows.name!r} has no rows; fill it or remove it")
-    columns = find_columns(source, parts["train"], options)
+    columns = (find_columns if labelled else find_image_column)(source, parts["train"], options)
     _refuse_options(options, columns.task)
-    notes = [f"task {columns.task}: {', '.join(columns.inputs)} to {columns.label}"]
-    left = [name for name in parts["train"].data.column_names if is_index(name) and name not in columns.inputs]
-    if left:
-        notes.append(f"column {left[0]!r} holds row numbers and is left out")
-    for part, rows in list(parts.items()):
-        if part == "test" and options.test_split is None and not has_labels(rows, columns.label):
-            notes.append(f"split {parts.pop(part).name!r} has no labels and is not used")
-        elif columns.label not in rows.data.column_names:
-            raise DataError(
-                f"{source}: split {rows.name!r} has no column {columns.label!r}; its columns are "
-                f"{', '.join(rows.data.column_names)}. Name the label with --label_column"
-            )
-    class_names = find_class_names(source, parts["train"], columns.label)
-    notes += find_twins(class_names)
+    class_names: list[str] = []
+    target = "itself; labels do not matter" if columns.label is None else columns.label
+    notes = [f"task {columns.task}: {', '.join(columns.inputs)} to {target}"]
+    if columns.label is not None:
+        class_names, told = _find_classes(source, parts, columns.inputs, columns.label, options)
+        notes += told
     labels = {part: number_labels(rows, columns.label, class_names) for part, rows in parts.items()}
 
     chosen = parts["train"].good()
@@ -107,8 +133,8 @@ def _load_source(options: DataOptions) -> DataModule:
     if "validation" not in parts:
         chosen, held_out = _cut_validation(source, parts["train"], labels["train"], chosen, class_names, options)
         notes.append(
-            f"no validation split: {len(held_out):,} of {len(chosen) + len(held_out):,} training samples, equal class "
-            "shares, were cut"
+            f"no validation split: {len(held_out):,} of {len(chosen) + len(held_out):,} training samples, "
+            f"{'equal class shares' if labelled else 'chosen at random'}, were cut"
         )
     preprocessing, inputs, told = _fit(source, parts["train"], chosen, columns, options)
     notes += told
@@ -119,7 +145,10 @@ def _load_source(options: DataOptions) -> DataModule:
     if isinstance(preprocessing, ImagePreprocessing):
         encode = preprocessing.encode_later  # of streams
         notes += preprocessing.said
-        normalization = _normalization(source, splits["train"], inputs, options)
+        if labelled:
+            normalization = _normalization(source, splits["train"], inputs, options)
+        else:
+            normalization = scale_only(1 / 255, inputs.shape[0])
     if columns.task == "text":
         for part, split in splits.items():
             of_split = torch.arange(len(split)) if split.rows is None else split.rows
@@ -177,9 +206,29 @@ def _choose_splits(source: str, present: list[str], options: DataOptions) -> dic
     return chosen
 
 
+def _find_classes(
+    source: str, parts: dict[str, Rows], inputs: list[str], label: str, options: DataOptions
+) -> tuple[list[str], list[str]]:
+    """Return the names of the classes and lines for the user; takes a test split without labels out of `parts`."""
+    notes = []
+    left = [name for name in parts["train"].data.column_names if is_index(name) and name not in inputs]
+    if left:
+        notes.append(f"column {left[0]!r} holds row numbers and is left out")
+    for part, rows in list(parts.items()):
+        if part == "test" and options.test_split is None and not has_labels(rows, label):
+            notes.append(f"split {parts.pop(part).name!r} has no labels and is not used")
+        elif label not in rows.data.column_names:
+            raise DataError(
+                f"{source}: split {rows.name!r} has no column {label!r}; its columns are "
+                f"{', '.join(rows.data.column_names)}. Name the label with --label_column"
+            )
+    class_names = find_class_names(source, parts["train"], label)
+    return class_names, [*notes, *find_twins(class_names)]
+
+
 def _check_classes(source: str, labels: torch.Tensor, class_names: list[str], columns: Columns) -> None:
     found = labels.unique()
-    if len(found) < 2:
+    if columns.label is not None and len(found) < 2:
         only = f"one class only ({class_names[int(found[0])]!r}" if len(found) else "no usable sample ("
         raise DataError(
             f"{source}: the training split has {only} in column {columns.label!r}); a classifier needs two. Name "
@@ -192,6 +241,11 @@ def _cut_validation(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the rows to train on and those to validate on."""
     counts = torch.bincount(labels[chosen], minlength=len(class_names))
+    if not class_names and len(chosen) < 2:
+        raise DataError(
+            f"{source}: the training split has one image, and it takes two to cut a validation split from it; add "
+            "images, or name one with --validation_split"
+        )
     for number in (counts == 1).nonzero()[:, 0].tolist():
         row = int(chosen[labels[chosen] == number][0])
         rows.reject(row, f"class {class_names[number]!r} has this one sample only, to train and to validate on")

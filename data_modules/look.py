@@ -24,10 +24,10 @@ COLUMNS, CELL = 8, 64  # images in a row of the picture, and pixels that a small
 
 
 def look_at_data(data: DataModule, loader: TrainingLoader | StreamLoader, run: Path | None) -> None:
-    """Print what the first batch and the classes look like; with a run's folder, keep that and a picture there."""
+    """Print what the first batch and any classes look like; with a run's folder, keep that and a picture there."""
     # In this process: starting loader processes for one batch would take longer than the batch.
     slot = next(dataclasses.replace(loader, num_workers=0).batches(0, 0)).slots[0]
-    lines = [*_describe_batch(data, slot), *_describe_classes(data)]
+    lines = [*_describe_batch(data, slot), *(_describe_classes(data) if data.class_names else [])]
     preprocessing = data.preprocessing
     train = data.train
     rows = torch.arange(len(train)) if train.rows is None else train.rows
@@ -115,7 +115,7 @@ def table_statistics(preprocessing: TablePreprocessing, samples: Arrays, chosen:
 
 
 def draw_batch(data: DataModule, slot: Slot, path: Path) -> None:
-    """Save a grid of up to 64 images of a batch with their labels, as they enter the network but for the colours."""
+    """Save a grid of up to 64 images of a batch, with any labels, as they enter the network but for the colours."""
     images_BCHW = slot.batch["inputs"][: min(slot.count, 64)].float().cpu()
     if data.normalization is not None:
         mean, std = (
@@ -125,14 +125,16 @@ def draw_batch(data: DataModule, slot: Slot, path: Path) -> None:
     pixels_BHWC = (images_BCHW.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     height, width = pixels_BHWC.shape[1:3]
     enlarge = max(1, CELL // max(height, width))
-    cell_width, cell_height = max(width * enlarge, CELL) + 8, height * enlarge + 20
+    above = 18 if data.class_names else 4  # room for a label
+    cell_width, cell_height = max(width * enlarge, CELL) + 8, height * enlarge + above + 2
     grid = Image.new("RGB", (COLUMNS * cell_width, -(-len(pixels_BHWC) // COLUMNS) * cell_height), "white")
     pen = ImageDraw.Draw(grid)
     for position, pixels_HWC in enumerate(pixels_BHWC):
         left, top = position % COLUMNS * cell_width + 4, position // COLUMNS * cell_height
         image = Image.fromarray(pixels_HWC.squeeze(-1) if pixels_HWC.shape[-1] == 1 else pixels_HWC)
-        label = data.class_names[int(slot.batch["labels"][position])]
-        pen.text((left, top + 4), label[: cell_width // 7], fill="black")
-        grid.paste(image.resize((width * enlarge, height * enlarge), Image.Resampling.NEAREST), (left, top + 18))
+        if data.class_names:
+            label = data.class_names[int(slot.batch["labels"][position])]
+            pen.text((left, top + 4), label[: cell_width // 7], fill="black")
+        grid.paste(image.resize((width * enlarge, height * enlarge), Image.Resampling.NEAREST), (left, top + above))
     path.parent.mkdir(exist_ok=True)
     grid.save(path)

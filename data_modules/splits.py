@@ -166,7 +166,7 @@ class DataModule:
     train: Split
     validation: Split
     test: Split | None
-    class_names: list[str]
+    class_names: list[str]  # none where labels do not matter; the labels are all 0 then
     normalization: Normalization | None = None
     preprocessing: Preprocessing | None = None  # None where samples are taken as they are
     notes: list[str] = field(default_factory=list)  # what was decided on the user's behalf
@@ -230,6 +230,11 @@ def measure_moments(images_NCHW: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return the sums of the pixels and of their squares for each uint8 image and channel, int64 [N, C, 2]."""
     pixels = images_NCHW.reshape(*images_NCHW.shape[:2], -1).astype(np.int64)
     return np.stack([pixels.sum(axis=2), np.einsum("ncp,ncp->nc", pixels, pixels)], axis=2)
+
+
+def scale_only(scale: float, channels: int) -> Normalization:
+    """Return what maps stored values to [0, 1] and leaves them there."""
+    return Normalization(scale, (0.0,) * channels, (1.0,) * channels)
 
 
 def measure_normalization(moments_NC2: torch.Tensor, pixels: int, scale: float) -> Normalization:
