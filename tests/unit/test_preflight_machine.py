@@ -12,8 +12,9 @@ import torch
 
 from tests.subjects import classify_subject, statuses
 from train.engine import storage
-from train.engine.checks import machine
-from train.engine.checks.machine import check_disk, check_folder, check_processes
+from train.engine.checks import disk, processes
+from train.engine.checks.disk import check_disk, check_folder
+from train.engine.checks.processes import check_processes
 from train.engine.runtime import Runtime
 from train.engine.state import capture
 
@@ -26,7 +27,7 @@ def original(tmp_path_factory):
 @pytest.fixture
 def subject(original, monkeypatch):
     """A subject whose parts a test may replace, on a machine without a launcher."""
-    for name in ("WORLD_SIZE", "MASTER_ADDR", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID", *machine.TASK_COUNTS):
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID", *processes.TASK_COUNTS):
         monkeypatch.delenv(name, raising=False)
     return dataclasses.replace(original)
 
@@ -63,12 +64,8 @@ class Several(Runtime):
         super().__init__(runtime.accelerator, runtime.control)
         self.change = change
 
-    def gather(self, values):
-        if values.dtype != torch.uint8:  # how long the texts are: long enough for the other one's, too
-            return [torch.tensor([4096])] * 2
-        mine = json.loads(bytes(values.tolist()).rstrip(b"\0"))
-        texts = (json.dumps(facts).ljust(4096).encode() for facts in (mine, self.change(dict(mine))))
-        return [torch.tensor(list(text), dtype=torch.uint8) for text in texts]
+    def share(self, value):
+        return [value, self.change(dict(value))]
 
 
 # ---- processes ----
@@ -80,14 +77,14 @@ def test_one_process_on_a_cpu_passes(subject):
     assert "1 x cpu" in found.measured
 
 
-def judge(processes, environment=None):
-    found = machine._judge_processes(processes, environment or {})
+def judge(everyone, environment=None):
+    found = processes._judge_processes(everyone, environment or {})
     json.dumps(found.values)
     return found.status, found.measured, " ".join(found.causes)
 
 
 @pytest.mark.parametrize(
-    "processes",
+    "everyone",
     [
         on_gpus("one", ["a"], ["a"]),
         on_gpus("one", ["a", "b"], ["a", "b"]),
@@ -100,8 +97,8 @@ def judge(processes, environment=None):
         [process(cores=16), process(cores=16)],
     ],
 )
-def test_sound_launches_pass(processes):
-    status, measured, _ = judge(processes)
+def test_sound_launches_pass(everyone):
+    status, measured, _ = judge(everyone)
     assert status == "pass", measured
 
 
@@ -141,7 +138,7 @@ def test_cores_that_torchrun_leaves_idle_are_a_warning():
     assert judge([process(cores=4)] * 2, torchrun)[0] == "pass"
 
 
-@pytest.mark.parametrize("name", machine.TASK_COUNTS)
+@pytest.mark.parametrize("name", processes.TASK_COUNTS)
 def test_tasks_without_a_launcher_fail(name):
     status, measured, causes = judge([process()], {name: "4"})
     assert status == "fail" and "4 tasks" in measured
@@ -211,7 +208,7 @@ def test_bf16_is_for_processors_that_have_it(subject, monkeypatch, able, status)
         device=torch.device("cpu"),
         accelerator=SimpleNamespace(mixed_precision="bf16", autocast=lambda: torch.autocast("cpu", torch.bfloat16)),
     )
-    found = machine._judge_precision(with_settings(subject, mixed_precision="bf16"))
+    found = processes._judge_precision(with_settings(subject, mixed_precision="bf16"))
     assert found.status == status, found
     assert "bf16 (asked for), products in bfloat16" in found.measured
     assert ("cannot be told" in found.measured) == (able["architecture"] == "riscv64")
@@ -228,7 +225,7 @@ def test_another_precision_than_announced_fails(subject):
         device=torch.device("cpu"),
         accelerator=SimpleNamespace(mixed_precision="bf16", autocast=lambda: torch.autocast("cpu", enabled=False)),
     )
-    found = machine._judge_precision(subject)
+    found = processes._judge_precision(subject)
     assert found.status == "fail" and "float32" in found.measured and "bfloat16" in found.expected
 
 
@@ -267,7 +264,7 @@ def test_a_folder_that_cannot_be_written_fails(subject, monkeypatch, call):
     broken = SimpleNamespace(**{name: getattr(os, name) for name in dir(os) if not name.startswith("__")})
     setattr(broken, call, refuse)
     monkeypatch.setattr(storage, "os", broken)
-    monkeypatch.setattr(machine, "SIGHT_SECONDS", 0.0)
+    monkeypatch.setattr(disk, "SIGHT_SECONDS", 0.0)
     found = find(check_folder, subject, "run folder")
     assert found.status == "fail" and "Read-only file system" in found.measured
     assert "0 of 1 process(es)" in found.measured and "--output_dir" in found.causes[0]
@@ -275,8 +272,8 @@ def test_a_folder_that_cannot_be_written_fails(subject, monkeypatch, call):
 
 
 def test_bytes_that_come_back_otherwise_fail(subject, monkeypatch):
-    monkeypatch.setattr(machine, "_write", lambda path, content: storage.write_durably(path, [content[:-1]]))
-    monkeypatch.setattr(machine, "SIGHT_SECONDS", 0.0)
+    monkeypatch.setattr(disk, "_write", lambda path, content: storage.write_durably(path, [content[:-1]]))
+    monkeypatch.setattr(disk, "SIGHT_SECONDS", 0.0)
     found = find(check_folder, subject, "run folder")
     assert found.status == "fail" and "other bytes" in found.measured
 
@@ -297,13 +294,13 @@ def test_a_folder_that_another_host_cannot_write(subject, layout, status):
 
 
 def test_a_token_of_an_earlier_start_is_not_taken_for_this_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "SIGHT_SECONDS", 0.0)
+    monkeypatch.setattr(disk, "SIGHT_SECONDS", 0.0)
     sign = tmp_path / "token"
-    assert not machine._wait_for_token(sign, "new")
+    assert not disk._wait_for_token(sign, "new")
     sign.write_text("old")
-    assert not machine._wait_for_token(sign, "new")
+    assert not disk._wait_for_token(sign, "new")
     sign.write_text("new")
-    assert machine._wait_for_token(sign, "new")
+    assert disk._wait_for_token(sign, "new")
 
 
 # ---- disk space ----
@@ -323,10 +320,10 @@ def test_room_for_the_checkpoints(subject, monkeypatch, share, status):
 
 
 def test_no_room_for_more_files_fails(subject, monkeypatch):
-    monkeypatch.setattr(machine, "_free_inodes", lambda folder: 10)
+    monkeypatch.setattr(disk, "_free_inodes", lambda folder: 10)
     found = find(check_disk, subject, "disk space")
     assert found.status == "fail" and "10 more files" in found.measured
-    monkeypatch.setattr(machine, "_free_inodes", lambda folder: None)
+    monkeypatch.setattr(disk, "_free_inodes", lambda folder: None)
     assert find(check_disk, subject, "disk space").status == "pass"
 
 
@@ -352,7 +349,7 @@ def test_a_checkpoint_is_as_large_as_it_turns_out_to_be(tmp_path, optimizer, ema
 
 
 def test_checkpoints_that_are_there_give_their_room_back(subject, monkeypatch):
-    monkeypatch.setattr(machine, "SMALL_FILES", 0)
+    monkeypatch.setattr(disk, "SMALL_FILES", 0)
     before = find(check_disk, subject, "disk space").values["needed"]
     folder = subject.session.run.checkpoints / "step_00000007"
     folder.mkdir()

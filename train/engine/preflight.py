@@ -11,20 +11,17 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from train.engine.checks.data import (
-    check_augmentation,
-    check_batches,
-    check_features,
-    check_inputs,
-    check_labels,
-    check_overlap,
-)
+from train.engine.checks.batches import check_augmentation, check_batches
+from train.engine.checks.disk import check_disk, check_folder
 from train.engine.checks.evaluation import check_evaluation
 from train.engine.checks.finding import Finding
 from train.engine.checks.gradients import check_gradients, check_optimizer, check_samples_apart
+from train.engine.checks.inputs import check_features, check_inputs
+from train.engine.checks.labels import check_labels
 from train.engine.checks.learning import check_learning, check_overfit
-from train.engine.checks.machine import check_disk, check_folder, check_processes
 from train.engine.checks.outputs import check_initial_loss, check_outputs
+from train.engine.checks.overlap import check_overlap
+from train.engine.checks.processes import check_processes
 from train.engine.checks.rate import check_learning_rate
 from train.engine.checks.report import Report, write_report
 from train.engine.checks.round_trip import check_round_trip

@@ -98,6 +98,14 @@ class Runtime:
         dist.all_gather(everyone, values.contiguous(), group=self.control)
         return everyone
 
+    def share(self, value: Value) -> list[Value]:
+        """Return the plain values of all processes, in the order of the ranks."""
+        if self.control is None:
+            return [value]
+        everyone: list[Any] = [None] * self.num_processes
+        dist.all_gather_object(everyone, value, group=self.control)
+        return everyone
+
     def close(self) -> None:
         """Leave the process group, so that no warning is printed at exit."""
         if dist.is_initialized():

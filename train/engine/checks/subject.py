@@ -53,14 +53,18 @@ class Subject:
             first: number of the first one in a fixed order that goes all over the split.
             epoch: whose augmentation they get; none for None.
         """
+        chosen = self.numbers(split, min(count, self.most), first=first)
+        return self.task.load(split, chosen, epoch)
+
+    def numbers(self, split: str, count: int, *, first: int = 0) -> torch.Tensor:
+        """Return up to `count` different numbers of samples, all over the split, always the same ones, int64."""
         size = len(self.task.splits[split])
         # Steps of the golden section never meet twice and leave no gap; a permutation of 10**8 would take a minute.
         stride = round(size * 0.618) or 1
         while math.gcd(stride, size) > 1:
             stride += 1
         start = derive_seed(self.settings.seed, size) % size
-        places = torch.arange(first, first + min(count, size, self.most))
-        return self.task.load(split, (start + places * stride) % size, epoch)
+        return (start + torch.arange(first, first + min(count, size)) * stride) % size
 
     def seed(self, *numbers: int) -> None:
         """Seed what the model draws from, by numbers of the caller's choice."""
