@@ -16,6 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from data_modules.errors import DataError
+from data_modules.splits import InputSpec
+
 # SplitMix64: a stream starts at a key and goes on by GAMMA; MIX_1 and MIX_2 scramble each state into an output.
 # Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
 GAMMA, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -264,3 +267,30 @@ def parse_augmentation(words: Sequence[str]) -> Augmentation:
         if problem is not None:
             raise ValueError(f"augmentation {word!r}: {problem}. Accepted: {_ACCEPTED}")
     return Augmentation(**values)
+
+
+def build_augmentation(words: Sequence[str]) -> Augmentation:
+    """Return the random changes that --augment names.
+
+    Raises:
+        DataError: there is no such change, or its strength makes no sense.
+    """
+    try:
+        return parse_augmentation(words)
+    except ValueError as error:
+        raise DataError(f"--augment: {error}") from error
+
+
+def check_augmentation(augmentation: Augmentation, inputs: InputSpec) -> None:
+    """Refuse random changes that cannot be made to these samples.
+
+    Raises:
+        DataError: says which, and why.
+    """
+    if augmentation and inputs.task != "image":
+        raise DataError(f"--augment: changes images, but the samples are {inputs.task}; leave it out")
+    try:
+        if augmentation:
+            augmentation.check_size(*inputs.shape[1:])
+    except ValueError as error:
+        raise DataError(f"--augment: {error}") from error

@@ -1,47 +1,50 @@
-"""Runs that are ready to start, for tests of preflight: as train/classify.py makes them, up to where it trains."""
+"""Runs that are ready to start, for tests of preflight: as the scripts make them, up to where they train."""
 
 import contextlib
 
 import pytest
 
-
-class _Ready(Exception):
-    """Carries the subject out of the script."""
+DIGITS = {
+    "dataset": "digits",
+    "learning_rate": 5e-3,
+    "weight_decay": 1e-2,
+    "lr_scheduler": "one_cycle",
+    "label_smoothing": 0.1,
+    "num_train_epochs": 40,
+}
 
 
 def classify_subject(folder, *, build=None, **settings):
-    """Return the Subject that train/classify.py would examine.
+    """Return the Subject that train/classify.py would examine; by default of digits, with its recipe's settings.
 
     Args:
         folder: for its run.
         build: takes the place of the script's `build_model`, if given.
-        settings: of the run; by default digits with the first recipe's settings.
+        settings: of the run.
     """
     from train import classify
-    from train.engine import preflight
 
-    def ready(subject):
-        raise _Ready(subject)
+    return _ready(classify, classify.ClassifySettings, folder, build, {**DIGITS, **settings})
 
-    defaults = {
-        "dataset": "digits",
-        "learning_rate": 5e-3,
-        "weight_decay": 1e-2,
-        "lr_scheduler": "one_cycle",
-        "label_smoothing": 0.1,
-        "num_train_epochs": 40,
-        "output_dir": str(folder),
-        "tracker": "none",
-    }
-    settings = classify.ClassifySettings(**{**defaults, "preflight": "full", **settings})
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(_Ready) as caught:
-        patch.setattr(preflight, "preflight", ready)
-        patch.setattr(preflight, "warn", ready)
+
+def reconstruct_subject(folder, *, build=None, **settings):
+    """Return the Subject that train/reconstruct.py would examine; by default of digits."""
+    from train import reconstruct
+
+    return _ready(reconstruct, reconstruct.ReconstructSettings, folder, build, settings)
+
+
+def _ready(script, kind, folder, build, settings):
+    from train.engine import training
+
+    subjects = []
+    defaults = {"preflight": "full", "output_dir": str(folder), "tracker": "none"}
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(None):
+        patch.setattr(training, "carry_out", lambda subject, *_: subjects.append(subject))
         if build is not None:
-            patch.setattr(classify, "build_model", build)
-        with contextlib.redirect_stdout(None):
-            classify.main(settings)
-    (subject,) = caught.value.args
+            patch.setattr(script, "build_model", build)
+        script.main(kind(**{**defaults, **settings}))
+    (subject,) = subjects
     if subject.session.run is not None:
         subject.session.run.close()
     return subject

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from data_modules.errors import DataError
 from data_modules.options import DataOptions
 from train.engine.cli import run_script
-from train.engine.errors import EXIT_DONE, EXIT_STOPPED, TrainingError, UsageError
+from train.engine.errors import UsageError
 from train.engine.settings import TrainSettings, check_best_metric
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and refused flags answer without it
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
     from torch import nn
 
-    from data_modules.augmentation import Augmentation
     from data_modules.loader import TrainingLoader
-    from data_modules.splits import Batch, DataModule, InputSpec, Slot, Split
+    from data_modules.splits import Batch, DataModule, InputSpec, Split
     from data_modules.stream import StreamLoader
-    from train.engine.contract import Measure, Task
-    from train.engine.run_directory import RunDirectory
+    from train.engine.contract import Measure, Score, Task
 
 ModelName = Literal["mlp", "mnist_cnn", "simple_cnn", "fast_cnn", "simple_lstm"]
 METRICS = ("loss", "accuracy")
@@ -54,52 +50,6 @@ class ClassifySettings(DataOptions, TrainSettings):
         yield from TrainSettings.conditions(self)
         yield from DataOptions.conditions(self)
         yield 0 <= self.label_smoothing < 1, "label_smoothing", "0 or more and below 1"
-
-
-def build_augmentation(words: Sequence[str]) -> Augmentation:
-    """Return the random changes that the words name.
-
-    Raises:
-        UsageError: there is no such change, or its strength makes no sense.
-    """
-    from data_modules.augmentation import parse_augmentation
-
-    try:
-        return parse_augmentation(words)
-    except ValueError as error:
-        raise UsageError(f"--augment: {error}") from error
-
-
-def check_augmentation(augmentation: Augmentation, inputs: InputSpec) -> None:
-    """Refuse random changes that cannot be made to these samples.
-
-    Raises:
-        UsageError: says which, and why.
-    """
-    try:
-        if augmentation and inputs.task != "image":
-            raise ValueError(f"changes images, but the samples are {inputs.task}; leave it out")
-        if augmentation:
-            augmentation.check_size(*inputs.shape[1:])
-    except ValueError as error:
-        raise UsageError(f"--augment: {error}") from error
-
-
-def show_inputs(data: DataModule, loader: TrainingLoader | StreamLoader, run: RunDirectory | None) -> None:
-    """Print what the network is about to see; keep that in the run, with what it takes to treat new samples alike.
-
-    Raises:
-        TrainingError: the run cannot be written.
-    """
-    from data_modules.look import look_at_data
-    from train.engine.storage import replace_file
-
-    try:
-        look_at_data(data, loader, None if run is None else run.path)
-        if run is not None:
-            replace_file(run.path / "preprocessing.json", json.dumps(data.describe_preprocessing()))
-    except OSError as error:
-        raise TrainingError(f"{error.filename or run}: cannot be written ({error.strerror})") from error
 
 
 def build_model(name: str, inputs: InputSpec, num_classes: int) -> nn.Module:
@@ -187,17 +137,17 @@ def build_task(data: DataModule, loader: TrainingLoader | StreamLoader, device: 
 
 def main(settings: ClassifySettings) -> int:
     """Train, or go on training, and return the exit code."""
+    from data_modules.augmentation import build_augmentation, check_augmentation
     from data_modules.load import load_data
     from data_modules.loader import EvaluationLoader
+    from data_modules.look import look_at_data
     from data_modules.training_loader import build_training_loader
     from train.engine import session as sessions
     from train.engine.checks.subject import Subject
-    from train.engine.evaluation import evaluate
-    from train.engine.loop import Loop
-    from train.engine.preemption import Request
-    from train.engine.preflight import preflight, warn
+    from train.engine.evaluation import build_score
     from train.engine.randomness import seed_all
     from train.engine.runtime import start_runtime
+    from train.engine.training import carry_out
 
     check_best_metric(settings, METRICS)
     sessions.check_output(settings)
@@ -234,37 +184,29 @@ def main(settings: ClassifySettings) -> int:
     )
     measure = build_measure(settings, data, runtime.device)
 
-    def score(split: Split) -> Callable[[nn.Module], dict[str, float]]:
-        batches: Iterable[Slot] = EvaluationLoader(
+    def score(split: Split) -> Score:
+        batches = EvaluationLoader(
             data, split, EVALUATION_BATCH, device=runtime.device, num_workers=settings.num_workers, **place
         )
-        if settings.dry_run:
-            batches = list(islice(batches, 1))
-        return lambda model: evaluate(model, measure, batches, runtime)
+        return build_score(settings, runtime, measure, batches)
 
-    test = None if data.test is None else score(data.test)
     tracker = sessions.start_tracking(settings, runtime, session)
-    precision = {"no": "fp32"}.get(runtime.accelerator.mixed_precision, runtime.accelerator.mixed_precision)
-    if session.found is None:
-        runtime.on_main(lambda: show_inputs(data, loader, session.run))
-    runtime.say(
-        f"{settings.dataset}: {loader.num_samples:,} training samples, {data.inputs}, {len(data.class_names)} classes\n"
-        f"{model_name}: {sum(p.numel() for p in model.parameters()):,} parameters, {runtime.device}, "
-        f"{precision}, {batching}"
+    sessions.show_inputs(runtime, session, partial(look_at_data, data, loader), data.describe_preprocessing())
+    classes = f"{len(data.class_names)} classes"
+    runtime.say(f"{settings.dataset}: {loader.num_samples:,} training samples, {data.inputs}, {classes}")
+    runtime.say(f"{model_name}: {sessions.describe_start(runtime, session, model)}")
+    subject = Subject(
+        settings=settings,
+        runtime=runtime,
+        session=session,
+        state=state,
+        loader=loader,
+        measure=measure,
+        evaluate=score(data.validation),
+        data=data.describe(),
+        task=build_task(data, loader, runtime.device),
     )
-    parts = (settings, runtime, session, state, loader, measure, score(data.validation))
-    if settings.preflight != "off":
-        subject = Subject(*parts, data.describe(), build_task(data, loader, runtime.device))
-        if settings.only_preflight:
-            return preflight(subject)
-        warn(subject)
-    request = Loop(*parts, tracker, data.describe()).train()
-    sessions.finish(settings, runtime, session, state, tracker, test)
-    runtime.close()
-    if request is Request.STOP:
-        print(f"saved at step {state.progress.step}; run the same command again to go on")
-        return EXIT_STOPPED
-    return EXIT_DONE
+    return carry_out(subject, tracker, None if data.test is None else score(data.test))
 
 
 def run() -> None:

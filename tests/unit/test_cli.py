@@ -15,6 +15,7 @@ from train.engine import cli
 from train.engine.cli import parse_settings, settings_to_yaml
 from train.engine.errors import TrainingError, UsageError
 from train.engine.settings import Every, RunSettings, check_settings, parse_every
+from train.reconstruct import ReconstructSettings
 
 RECIPES = Path(cli.__file__).parents[1] / "recipes"
 
@@ -316,8 +317,8 @@ def test_text_that_yaml_would_change_survives_a_round_trip(recipe, text):
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_that_come_with_the_scripts_are_accepted(path):
     script = re.search(r"train/(\w+)\.py", path.read_text())[1]  # the first line of each says what it is for
-    if script == "classify":
-        assert parse("--config", path) != ClassifySettings(config=str(path))
+    kind = {"classify": ClassifySettings, "reconstruct": ReconstructSettings}[script]
+    assert parse_settings(kind, ["--config", str(path)], "Test.") != kind(config=str(path))
 
 
 def test_help_and_import_of_the_script_leave_torch_alone():

@@ -12,6 +12,7 @@ from torch import nn
 Batch = dict[str, torch.Tensor]
 # What a script says of a batch: per-sample values of shape [B] by metric name; "loss" is what training lowers.
 Measure = Callable[[nn.Module, Batch], dict[str, torch.Tensor]]
+Score = Callable[[nn.Module], dict[str, float]]  # the mean of each metric over a split
 
 
 class Slot(Protocol):

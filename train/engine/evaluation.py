@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import islice
 
 import torch
 from torch import nn
 
-from train.engine.contract import Measure, Slot
+from train.engine.contract import Measure, Score, Slot
+from train.engine.gallery import Gallery
 from train.engine.runtime import Runtime
+from train.engine.settings import RunSettings
+
+
+def build_score(
+    settings: RunSettings, runtime: Runtime, measure: Measure, slots: Iterable[Slot], gallery: Gallery | None = None
+) -> Score:
+    """Return what evaluates a model on this process's share of a split; of a dry run, on the first of its batches."""
+    if settings.dry_run:
+        slots = list(islice(slots, 1))
+
+    def score(model: nn.Module) -> dict[str, float]:
+        if gallery is None:
+            return evaluate(model, measure, slots, runtime)
+        values = evaluate(model, measure, slots, runtime, gallery.watch)
+        gallery.draw(model)
+        return values
+
+    return score
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, measure: Measure, slots: Iterable[Slot], runtime: Runtime) -> dict[str, float]:
+def evaluate(
+    model: nn.Module,
+    measure: Measure,
+    slots: Iterable[Slot],
+    runtime: Runtime,
+    watch: Callable[[Slot, dict[str, torch.Tensor]], None] = lambda slot, values: None,
+) -> dict[str, float]:
     """Return the mean of each metric over all samples of all processes.
 
     Sums are exact in float64 and reduced once at the end; means of batch means would be wrong for the last batch.
+    `watch` is told what was measured of each slot.
     """
     was_training = model.training
     model.eval()
@@ -24,6 +51,7 @@ def evaluate(model: nn.Module, measure: Measure, slots: Iterable[Slot], runtime:
     try:
         for slot in slots:
             values = measure(model, slot.batch)
+            watch(slot, values)
             names = list(values)
             part = add_up(values, slot.count)
             sums = part if sums is None else sums + part

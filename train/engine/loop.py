@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from train.engine.averaging import averaged_weights, update_average
-from train.engine.contract import GlobalBatch, Loader, Measure, Slot
+from train.engine.contract import GlobalBatch, Loader, Measure, Score, Slot
 from train.engine.evaluation import add_up
 from train.engine.guard import Guard
 from train.engine.preemption import Preemption, Request
@@ -47,7 +46,7 @@ class Loop:
     state: RunState
     loader: Loader
     measure: Measure
-    evaluate: Callable[[nn.Module], dict[str, float]]  # means of the metrics over the validation split
+    evaluate: Score  # of the validation split
     tracker: Tracker
     data: dict[str, Any]  # what a run must remember of its data, in plain values
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from train.engine.tracking import read_metrics
+
+SMALLEST_CELL, LARGEST_CELL = 72, 128  # pixels a side of an image in a grid, wide enough for its caption
 
 
 def draw_curves(metrics: Path, target: Path, title: str) -> None:
@@ -34,3 +39,34 @@ def draw_curves(metrics: Path, target: Path, title: str) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(target, dpi=110)
+
+
+def draw_images(path: Path, rows: Sequence[tuple[str, torch.Tensor]], captions: Sequence[str]) -> None:
+    """Draw rows of images, each with a title, and captions below the last row.
+
+    Args:
+        path: of the PNG.
+        rows: title, and images [N, C, H, W] in [0, 1] with 1 or 3 channels.
+        captions: one for each column; words apart by two blanks stand below each other.
+    """
+    from PIL import Image, ImageDraw
+
+    height, width = rows[0][1].shape[2:]
+    scale = max(SMALLEST_CELL / max(height, width), 1.0) if max(height, width) < LARGEST_CELL else LARGEST_CELL / height
+    cell = (max(1, round(width * scale)), max(1, round(height * scale)))
+    words = [caption.split("  ") for caption in captions]
+    lines = max((len(parts) for parts in words), default=0)
+    top, step = 16, cell[1] + 20
+    columns = max(len(images) for _, images in rows)
+    canvas = Image.new("RGB", (columns * (cell[0] + 4) + 4, len(rows) * step + 14 * lines + 4), "white")
+    pen = ImageDraw.Draw(canvas)
+    for row, (title, images) in enumerate(rows):
+        pen.text((4, row * step + 2), title, fill="black")
+        for column, pixels in enumerate((images.clamp(0, 1) * 255).round().byte()):
+            image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
+            method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
+            canvas.paste(image.resize(cell, method), (4 + column * (cell[0] + 4), row * step + top))
+    for column, parts in enumerate(words):
+        for line, word in enumerate(parts):
+            pen.text((4 + column * (cell[0] + 4), len(rows) * step + 14 * line), word, fill="black")
+    canvas.save(path)

@@ -30,7 +30,8 @@ from train.engine import checkpoint, storage
 from train.engine.batching import Batching, plan_batching
 from train.engine.checkpoint import Checkpoint, DamagedCheckpointError
 from train.engine.cli import settings_to_yaml
-from train.engine.errors import UsageError
+from train.engine.contract import Score
+from train.engine.errors import TrainingError, UsageError
 from train.engine.optimizer import build_optimizer
 from train.engine.plots import draw_curves
 from train.engine.run_directory import RunDirectory, open_run
@@ -154,6 +155,42 @@ def prepare_state(settings: TrainSettings, runtime: Runtime, session: Session, m
     return state
 
 
+def show_inputs(
+    runtime: Runtime, session: Session, look: Callable[[Path | None], None], preprocessing: dict[str, Any]
+) -> None:
+    """At a fresh start, let rank 0 look at the data, and keep what it takes to treat new samples alike.
+
+    Args:
+        runtime: of this start.
+        session: of this start.
+        look: prints, and writes into the run's folder if there is one.
+        preprocessing: plain values for preprocessing.json.
+
+    Raises:
+        TrainingError: the run cannot be written.
+    """
+
+    def work() -> None:
+        run = session.run
+        try:
+            look(None if run is None else run.path)
+            if run is not None:
+                storage.replace_file(run.path / "preprocessing.json", json.dumps(preprocessing))
+        except OSError as error:
+            raise TrainingError(f"{error.filename or run}: cannot be written ({error.strerror})") from error
+
+    if session.found is None:
+        runtime.on_main(work)
+
+
+def describe_start(runtime: Runtime, session: Session, model: nn.Module) -> str:
+    """Return a line on what computes what."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    precision = runtime.accelerator.mixed_precision
+    precision = "fp32" if precision == "no" else precision
+    return f"{parameters:,} parameters, {runtime.device}, {precision}, {session.batching}"
+
+
 def start_tracking(settings: RunSettings, runtime: Runtime, session: Session) -> Tracker:
     """Make the directory ready for this start, on rank 0: set newer checkpoints aside, cut metrics back, track."""
     run, found = session.run, session.found
@@ -267,7 +304,7 @@ def finish(
     session: Session,
     state: RunState,
     tracker: Tracker,
-    test: Callable[[nn.Module], dict[str, float]] | None,
+    test: Score | None,
 ) -> dict[str, float]:
     """Score the best weights on the test split, draw the curves, close the run, and say where everything is."""
     progress = state.progress

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from train.engine.contract import Batch, Loader, Measure, Task
+from train.engine.contract import Batch, Loader, Measure, Score, Task
 from train.engine.randomness import capture_rng, derive_seed, restore_rng, seed_torch
 from train.engine.runtime import Runtime
 from train.engine.session import Session
@@ -30,7 +30,7 @@ class Subject:
     state: RunState
     loader: Loader
     measure: Measure
-    evaluate: Callable[[nn.Module], dict[str, float]]  # means of the metrics over the validation split
+    evaluate: Score  # of the validation split
     data: dict[str, Any]  # what a checkpoint remembers of the data
     task: Task
 
