@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 
 import numpy as np
@@ -134,9 +135,25 @@ def test_an_error_in_a_check_is_a_finding_and_the_next_is_carried_out(subject):
 
     report = examine(subject, [check_the_sky, preflight.check_optimizer])
     assert statuses(report.findings) == {
-        "colour": "pass", "the sky": "fail", "optimizer": "pass", "frozen parameters": "pass",
+        "colour": "pass", "the sky": "fail", "optimizer": "pass", "hidden parameters": "pass",
+        "frozen parameters": "pass",
     }  # fmt: skip
-    assert report.findings[1].measured == "ZeroDivisionError: no clouds"
+    place = f"{os.path.relpath(__file__)}:{check_the_sky.__code__.co_firstlineno + 2}"
+    assert report.findings[1].measured == f"ZeroDivisionError: no clouds ({place})"
+
+
+def test_the_same_error_again_is_one_alarm(subject):
+    def broken():
+        raise KeyError("inputs")
+
+    def check_one(subject):
+        broken()
+
+    def check_two(subject):
+        broken()
+
+    report = examine(subject, [check_one, check_two])
+    assert statuses(report.findings) == {"one": "fail", "two": "skip"}
 
 
 def test_a_finding_may_stop_what_comes_after(subject):
@@ -193,16 +210,19 @@ FINDINGS = (
 
 
 def test_report_says_all(tmp_path):
-    report = Report("full", FINDINGS, 1.25)
+    report = Report("full", FINDINGS, 1.25, {"command": "train.py --seed 1", "settings": {"seed": 1}})
     assert report.failed
     assert report.verdict() == "preflight full: 1 passed, 1 to look at, 1 failed, 1 skipped, 1.2 s"
     table = report.table()
-    assert "FAIL  step size   1e-9  (expected: 1e-6 or more)" in table
+    assert "FAIL  step size   1e-9\n" in table
+    assert "  FAIL step size: 1e-9  (expected: 1e-6 or more)" in table
     paths = write_report(report, tmp_path)
     assert [path.name for path in paths] == ["preflight.md", "preflight.json"]
     kept = json.loads((tmp_path / "preflight.json").read_text())
+    assert kept["start"]["settings"] == {"seed": 1}
     assert kept["failed"] and kept["findings"][1]["values"] == {"values_of": 3}
     text = (tmp_path / "preflight.md").read_text()
+    assert "- command: train.py --seed 1\n" in text
     assert "| pass | inputs | mean 0 \\| std 1 | normalised | 0.00 |" in text
     assert "## step size\n\nLikely causes, the likeliest first:\n\n1. raise it\n2. look\n" in text
 

@@ -8,8 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import train.engine.preflight as preflight
+from data_modules.loader import EvaluationLoader
 from data_modules.splits import Arrays
 from tests.subjects import classify_subject, statuses
+from train.engine.evaluation import evaluate
 from train.engine.loop import Loop
 from train.engine.preflight import FULL, examine
 
@@ -103,9 +105,27 @@ class HiddenCounter(Net):
         return super().forward(x) * (1 + 0.01 * self.calls)
 
 
-class ListOfLayers(Net):
+class HiddenLayer(Net):
     """Keeps a layer where nn.Module does not look for it, and so does the optimizer."""
 
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(64, 64)]
+
+    def features(self, x):
+        return self.layers[0](super().features(x))
+
+
+class Normed(Net):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(64)
+
+    def features(self, x):
+        return self.norm(super().features(x))
+
+
+class UnusedLayer(Net):
     def __init__(self):
         super().__init__()
         self.extra = nn.Linear(64, 64)
@@ -246,16 +266,19 @@ def augmentation_from_the_clock(subject):
 
 
 def blot_out(subject):
-    load = subject.task.load
+    loader, calls = subject.loader, iter(range(10_000))
 
-    def augment(name, indices, epoch):
-        batch = load(name, indices, None)
-        if epoch is not None:
-            noise = torch.randn(batch["inputs"].shape, generator=torch.Generator().manual_seed(epoch))
-            batch["inputs"] = batch["inputs"] * 0.01 + noise
-        return batch
+    def batches(self, epoch, start):
+        for batch in loader.batches(epoch, start):
+            for slot in batch.slots:
+                noise = torch.randn(slot.batch["inputs"].shape, generator=torch.Generator().manual_seed(next(calls)))
+                slot.batch["inputs"] = slot.batch["inputs"] * 0.01 + noise
+            yield batch
 
-    subject.task = dataclasses.replace(subject.task, load=augment, augmented=True)
+    subject.loader = type("Blotted", (), {
+        "num_samples": loader.num_samples, "batch_size": loader.batch_size, "batches": batches,
+    })()  # fmt: skip
+    subject.task = dataclasses.replace(subject.task, augmented=True)
 
 
 def change_loss(change):
@@ -269,6 +292,55 @@ def change_loss(change):
         }
 
     return plant
+
+
+def change_metric(change):
+    """Return what puts a change on the accuracy of a subject."""
+
+    def plant(subject):
+        measure = subject.measure
+        subject.measure = lambda model, batch: {
+            **(values := measure(model, batch)),
+            "accuracy": change(values["accuracy"]),
+        }
+
+    return plant
+
+
+def roll_labels_of_the_loader(subject):
+    """Give the loop other labels than the samples have, behind everything that loads samples by number."""
+    loader = subject.loader
+
+    def batches(self, epoch, start):
+        for batch in loader.batches(epoch, start):
+            for slot in batch.slots:
+                slot.batch["labels"] = slot.batch["labels"].roll(1)
+            yield batch
+
+    subject.loader = type("Rolled", (), {
+        "num_samples": loader.num_samples, "batch_size": loader.batch_size, "batches": batches,
+    })()  # fmt: skip
+
+
+def turn_labels_of_evaluation(subject):
+    data, runtime = subject.loader.data, subject.runtime
+
+    def slots():
+        for slot in EvaluationLoader(data, data.validation, 64, 0, 1, runtime.device):
+            slot.batch["labels"] = slot.batch["labels"].flip(0)
+            yield slot
+
+    subject.evaluate = lambda model: evaluate(model, subject.measure, slots(), runtime)
+
+
+def climb(subject):
+    for group in subject.state.optimizer.param_groups:
+        group["maximize"] = True
+
+
+def evaluate_while_training(subject):
+    measure = subject.measure
+    subject.measure = lambda model, batch: measure(model.eval(), batch)
 
 
 def keep_gradients(subject):
@@ -321,7 +393,7 @@ PLANTED = {
     "ReLU on the logits": (ReluLogits, {}, nothing, "logits"),
     "missing zero_grad": (Net, {}, keep_gradients, "gradients cleared"),
     "detached head": (DetachedHead, {}, nothing, "gradient flow"),
-    "layer that is not used": (ListOfLayers, {}, nothing, "gradient flow"),
+    "layer that is not used": (UnusedLayer, {}, nothing, "gradient flow"),
     "dead units": (DeadUnits, {}, nothing, "outputs differ"),
     "too few classes": (of(Net, num_classes=9), {}, nothing, "number of classes"),
     "too many classes": (of(Net, num_classes=100), {}, nothing, "number of classes"),
@@ -355,6 +427,13 @@ PLANTED = {
     "optimizer built before the head was replaced": (Net, {}, replace_head, "optimizer"),
     "huge initial weights": (HugeWeights, {}, nothing, "gradient size"),
     "NaN from the model": (NaNOutput, {}, nothing, "outputs"),
+    "labels rolled in the loader": (Net, {}, roll_labels_of_the_loader, "labels fit inputs"),
+    "labels of evaluation turned": (Net, {}, turn_labels_of_evaluation, "evaluation counts all"),
+    "optimizer that maximises": (Net, {}, climb, "step direction"),
+    "layer hidden in a list": (HiddenLayer, {}, nothing, "hidden parameters"),
+    "evaluation mode while training": (Normed, {}, evaluate_while_training, "averages move"),
+    "accuracy of the wrong answers": (Net, {}, change_metric(lambda right: 1 - right), "overfit one batch"),
+    "loss of the wrong sign": (Net, {}, change_loss(torch.neg), "loss at initialisation"),
     "a label enters the model": (Net, {}, label_enters_model, "labels out of sight"),
     "state that no checkpoint holds": (HiddenCounter, {}, nothing, "round trip"),
     "samples that change when loaded again": (Net, {}, noisy_loader, "round trip"),
@@ -373,12 +452,19 @@ OWNERS = {
         preflight.check_outputs: ["outputs", "outputs differ", "number of classes", "logits"],
         preflight.check_initial_loss: ["loss at initialisation"],
         preflight.check_gradients: ["gradient flow", "gradient size"],
-        preflight.check_optimizer: ["optimizer", "frozen parameters"],
+        preflight.check_optimizer: ["optimizer", "hidden parameters", "frozen parameters"],
         preflight.check_samples_apart: ["samples apart", "labels out of sight"],
         preflight.check_evaluation: ["evaluation repeats", "evaluation changes nothing"],
         preflight.check_overfit: ["overfit one batch"],
         preflight.check_learning: ["labels fit inputs", "augmentation keeps labels"],
-        preflight.check_step: ["gradient of the loop", "gradients cleared", "step size"],
+        preflight.check_evaluation_data: ["evaluation counts all"],
+        preflight.check_step: [
+            "gradient of the loop",
+            "gradients cleared",
+            "step size",
+            "step direction",
+            "averages move",
+        ],
         preflight.check_round_trip: ["round trip"],
     }.items()
     for name in names
@@ -446,3 +532,20 @@ def test_sound_recipes_raise_no_false_alarm(tmp_path, recipe):
     expected = 1 if recipe == "blobs" else 0
     assert len(alarms) == expected, alarms
     assert all(finding.status == "warn" and finding.check == "loss at initialisation" for _, finding in alarms), alarms
+
+
+@pytest.mark.parametrize(("rows", "slope", "shift"), [(300, 1.2, 0), (600, 1.0, 0), (3000, 0, 2.0)])
+def test_a_weak_signal_or_a_rare_class_is_no_failure(tmp_path, rows, slope, shift):
+    """Tables from which little can be learned: labels by the odds of a column, or 2 % of them by its shift."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(rows, 3, generator=generator)
+    chance = torch.rand(rows, generator=generator)
+    labels = chance < (torch.sigmoid(slope * values[:, 0]) if slope else 0.02)
+    values[labels, 0] += shift
+    lines = [",".join(f"{value:.4f}" for value in row) + f",{int(label)}" for row, label in zip(values, labels)]
+    (tmp_path / "weak.csv").write_text("\n".join(["a,b,c,label", *lines, ""]))
+    subject = classify_subject(tmp_path, dataset=str(tmp_path / "weak.csv"), label_smoothing=0.0)
+    found = {finding.check: finding for finding in examine(subject, [preflight.check_learning]).findings}
+    assert found["labels fit inputs"].status in ("pass", "warn"), found
+    if found["labels fit inputs"].status == "warn":
+        assert "too few samples to tell" in found["labels fit inputs"].causes[0]

@@ -7,14 +7,20 @@ position are as if it had not looked.
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
+
+import torch
 
 from train.engine.checks.batches import check_augmentation, check_batches
 from train.engine.checks.disk import check_disk, check_folder
-from train.engine.checks.evaluation import check_evaluation
-from train.engine.checks.finding import Finding
+from train.engine.checks.evaluation import check_evaluation, check_evaluation_data
+from train.engine.checks.finding import Finding, skip
 from train.engine.checks.gradients import check_gradients, check_optimizer, check_samples_apart
 from train.engine.checks.inputs import check_features, check_inputs
 from train.engine.checks.labels import check_labels
@@ -49,7 +55,15 @@ QUICK: tuple[Check, ...] = (
     check_samples_apart,
     check_evaluation,
 )
-FULL: tuple[Check, ...] = (*QUICK, check_overfit, check_learning, check_step, check_round_trip, check_speed)
+FULL: tuple[Check, ...] = (
+    *QUICK,
+    check_evaluation_data,
+    check_overfit,
+    check_learning,
+    check_step,
+    check_round_trip,
+    check_speed,
+)
 
 
 def examine(subject: Subject, checks: Iterable[Check]) -> Report:
@@ -62,15 +76,24 @@ def examine(subject: Subject, checks: Iterable[Check]) -> Report:
     for check in checks:
         began = time.perf_counter()
         with without_trace(subject):
-            new = _carry_out(check, subject)
+            new = _carry_out(check, subject, {finding.measured for finding in findings})
         seconds = (time.perf_counter() - began) / max(len(new), 1)
         findings += [replace(finding, seconds=round(seconds, 3)) for finding in new]
         if any(finding.stop for finding in new):
             break
-    return Report(subject.settings.preflight, tuple(findings), time.perf_counter() - start)
+    start_of_run = {
+        "command": shlex.join(sys.argv),
+        "run": subject.settings.run_name,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "processes": subject.runtime.num_processes,
+        "device": str(subject.runtime.device),
+        "torch": torch.__version__,
+        "settings": asdict(subject.settings),
+    }
+    return Report(subject.settings.preflight, tuple(findings), time.perf_counter() - start, start_of_run)
 
 
-def _carry_out(check: Check, subject: Subject) -> list[Finding]:
+def _carry_out(check: Check, subject: Subject, known: set[str]) -> list[Finding]:
     found: list[Finding] = []
     try:
         found.extend(check(subject))
@@ -78,10 +101,20 @@ def _carry_out(check: Check, subject: Subject) -> list[Finding]:
         raise
     except Exception as error:  # any defect of a model or a loss may come out here: finding it is what this is for
         name = check.__name__.removeprefix("check_").replace("_", " ")
-        text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        message = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+        text = f"{type(error).__name__}: {message} ({_place(error)})"
+        if text in known:  # one defect, one alarm
+            return [*found, skip(name, f"{type(error).__name__}, as above")]
         cause = "training would break off with the same error: mend it first"
         found.append(Finding(name, "fail", text, "no error", (cause,)))
     return found
+
+
+def _place(error: Exception) -> str:
+    """Return file and line of the innermost code that is no library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    return f"{os.path.relpath(own[-1].filename)}:{own[-1].lineno}"
 
 
 def warn(subject: Subject) -> None:

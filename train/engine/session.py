@@ -100,7 +100,15 @@ def open_session(settings: TrainSettings, runtime: Runtime, data: dict[str, Any]
         if settings.only_preflight:  # the run as it would start; its checkpoints stay as they are
             batching = plan_batching(settings, runtime.num_processes)
             mine.append(open_run(path))
-            return None, batching, []
+            notes = []
+            if checkpoint.list_steps(mine[0].checkpoints):
+                notes.append(f"{path} has checkpoints; a fresh start is examined, and they stay as they are")
+                found, _ = checkpoint.find_newest(mine[0].checkpoints)
+                try:
+                    notes += [] if found is None else _compare(settings, runtime, data, found)
+                except UsageError as error:
+                    notes.append(f"training would be refused: {error}")
+            return None, batching, notes
         if not checkpoint.list_steps(path / "checkpoints"):  # refuse before a folder is made
             plan_batching(settings, runtime.num_processes)
             if settings.resume in ("latest", "best"):

@@ -112,11 +112,24 @@ def check_optimizer(subject: Subject) -> Iterator[Finding]:
         "has every trainable parameter of this model, and no other",
         (
             "the optimizer was built before the model, or a layer of it, was replaced: build it afterwards",
-            "parameters are in a list or dict that nn.Module does not see: use nn.ModuleList, nn.ParameterDict",
             "the groups of build_optimizer leave them out",
         ),
         lacks=left_out,
         strangers=strangers,
+    )
+    hidden = _hidden_parameters(subject)
+    yield judge(
+        "hidden parameters",
+        not hidden,
+        f"{len(hidden)} that the model uses and does not have, of shapes {listing([str(shape) for shape in hidden])}"
+        if hidden
+        else "none",
+        "all that the loss depends on is in model.parameters()",
+        (
+            "layers are in a list or dict that nn.Module does not see: use nn.ModuleList, nn.ModuleDict; until then "
+            "they are neither trained nor saved",
+        ),
+        shapes=hidden,
     )
     # A frozen table of positions is common; most of a network that stands still is more often an accident.
     yield judge(
@@ -132,6 +145,27 @@ def check_optimizer(subject: Subject) -> Iterator[Finding]:
         frozen=frozen,
         share=share,
     )
+
+
+def _hidden_parameters(subject: Subject) -> list[list[int]]:
+    """Return the shapes of the leaves of the loss's graph that are no parameters of the model."""
+    if subject.runtime.accelerator.is_fsdp2:  # the graph has whole copies of its shards
+        return []
+    subject.state.model.train()
+    loss = subject.losses(subject.samples(FEW))["loss"]
+    own = {id(parameter) for parameter in subject.model.parameters()}
+    found: dict[int, torch.Tensor] = {}
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # of AccumulateGrad
+        if leaf is not None and id(leaf) not in own:
+            found[id(leaf)] = leaf
+        nodes += [following for following, _ in node.next_functions]
+    return [list(leaf.shape) for leaf in found.values()]
 
 
 def check_samples_apart(subject: Subject) -> Iterator[Finding]:

@@ -132,15 +132,23 @@ def check_initial_loss(subject: Subject) -> Iterator[Finding]:
         not far and not impossible,
         number(loss),
         f"{number(theory)}, at most {OFF} away",
-        (
-            "too low: the loss is divided twice (by the batch size or the accumulation), or sees the answer"
-            if loss < theory
-            else "too high: inputs that are not normalised, see the check of inputs",
-            "the initial weights of the last layer are too large: try a tenth of them, or zero",
-            "the last layer has another number of outputs than there are classes",
-            "a softmax behind the last layer, see the check of logits",
-        ),
+        _causes_of_loss(loss, theory),
         otherwise="fail" if impossible else "warn",
         loss=loss,
         theory=theory,
+    )
+
+
+def _causes_of_loss(loss: float, theory: float) -> tuple[str, ...]:
+    if loss < 0:
+        return ("no such loss is below 0: its sign is wrong, or it takes log-probabilities and gets logits",)
+    if loss < theory:
+        return (
+            "the loss is divided twice, such as by the batch size or the accumulation: the loop does that",
+            "the model sees the answer: see the check of labels out of sight",
+        )
+    return (
+        "inputs are not normalised: see the check of scale",
+        "the initial weights of the last layer are too large: try a tenth of them, or zero",
+        "the last layer has another number of outputs than there are classes",
     )

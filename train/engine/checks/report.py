@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ class Report:
     mode: str  # of --preflight
     findings: tuple[Finding, ...]
     seconds: float
+    start: dict[str, Any] = field(default_factory=dict)  # what was examined: command, settings, processes, versions
 
     @property
     def failed(self) -> bool:
@@ -50,12 +53,16 @@ class Report:
     def table(self) -> str:
         """Return all findings as a table for the terminal, with causes below."""
         width = max((len(finding.check) for finding in self.findings), default=0)
-        lines = [f"{MARKS[finding.status]}  {finding.check:<{width}}  {_facts(finding)}" for finding in self.findings]
-        return "\n".join([*lines, "", self.summary()])
+        # A terminal is as wide as it is; preflight.md has all of it.
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        lines = [f"{MARKS[finding.status]}  {finding.check:<{width}}  {finding.measured}" for finding in self.findings]
+        return "\n".join([*(line[:columns] for line in lines), "", self.summary()])
 
     def markdown(self) -> str:
         """Return the report as Markdown."""
-        lines = [f"# {self.verdict()}", "", "| | check | measured | expected | seconds |", "|---|---|---|---|---|"]
+        lines = [f"# {self.verdict()}", ""]
+        lines += [f"- {name}: {value}" for name, value in self.start.items() if name != "settings"]
+        lines += ["", "| | check | measured | expected | seconds |", "|---|---|---|---|---|"]
         for finding in self.findings:
             cells = (finding.check, finding.measured, finding.expected)
             row = " | ".join(cell.replace("|", "\\|") for cell in cells)
@@ -72,13 +79,15 @@ class Report:
             "mode": self.mode,
             "failed": self.failed,
             "seconds": self.seconds,
+            "start": self.start,
             "findings": [asdict(finding) for finding in self.findings],
         }
 
 
 def write_report(report: Report, run: Path) -> list[Path]:
     """Write preflight.json, preflight.md and, where there is something to see, a picture into a run; return paths."""
-    files = {"preflight.md": report.markdown(), "preflight.json": json.dumps(report.as_dict(), indent=1) + "\n"}
+    name = "preflight_lr" if report.mode == "lr" else "preflight"
+    files = {f"{name}.md": report.markdown(), f"{name}.json": json.dumps(report.as_dict(), indent=1) + "\n"}
     for name, text in files.items():
         replace_file(run / name, text)
     picture = run / "plots" / "preflight.png"

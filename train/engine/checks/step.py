@@ -10,12 +10,19 @@ import torch
 from torch import nn
 
 from train.engine.checks.finding import Finding, judge, listing, number, skip
-from train.engine.checks.probe import Taken, coming_batches, local_model, probe_loop, take_step
+from train.engine.checks.loop_gradient import (
+    compare_compiled,
+    compare_gradients,
+    norm_of,
+    reference_gradient,
+    tolerance,
+    trainable,
+)
+from train.engine.checks.probe import Taken, coming_batches, probe_loop, take_step
 from train.engine.checks.subject import Snapshot, Subject, batch_length, trial
-from train.engine.contract import GlobalBatch, Slot
+from train.engine.contract import GlobalBatch
 from train.engine.loop import Loop
-from train.engine.randomness import derive_seed, seed_torch
-from train.engine.tensors import Tensors, clean_name, full, named_tensors
+from train.engine.tensors import Tensors, clean_name, full
 
 MORE_STEPS = 10
 FP16_ATTEMPTS = 40  # the scale of the loss starts at 65,536 and halves until the gradient is finite
@@ -38,27 +45,27 @@ def check_step(subject: Subject) -> Iterator[Finding]:
         batch = next(coming_batches(loop))
         yield _loss_of_a_sample(subject, batch)
         if subject.settings.compile and not subject.runtime.accelerator.is_fsdp2:
-            yield _compiled_gradient(subject, batch)
+            yield compare_compiled(subject, batch)
             snapshot.restore()
-        reference = None if subject.runtime.accelerator.is_fsdp2 else _reference_gradient(subject, batch)
+        reference = None if subject.runtime.accelerator.is_fsdp2 else reference_gradient(subject, batch)
         snapshot.restore()
-        before = {name: full(parameter).clone() for name, parameter in _trainable(subject).items()}
+        before = {name: full(parameter).clone() for name, parameter in trainable(subject).items()}
+        averages = _averages(subject)
         first, gradients = _first_step(subject, loop, batch, snapshot)
-        yield _compare_gradients(subject, first, gradients, reference)
+        yield compare_gradients(subject, first, gradients, reference)
         yield _gradients_cleared(subject)
         if not first.applied:
             return
         yield _step_size(subject, before)
+        if gradients:
+            yield _step_direction(subject, before, gradients)
         batches = coming_batches(loop)
         steps = [first]
         while len(steps) <= MORE_STEPS and steps[-1].applied:
             steps.append(take_step(loop, next(batches)))
         yield _first_losses(subject, batch, [step.loss for step in steps])
         yield _weights_updated(subject, before, gradients)
-
-
-def _trainable(subject: Subject) -> Tensors:
-    return {name: value for name, value in named_tensors(subject.state.model)[0].items() if value.requires_grad}
+        yield from _averages_move(subject, averages)
 
 
 def _strangers(subject: Subject) -> int:
@@ -90,7 +97,7 @@ def _loss_of_a_sample(subject: Subject, batch: GlobalBatch) -> Finding:
     divided = abs(math.log(ratio) - math.log(2)) < 0.01 if ratio > 0 else False
     return judge(
         name,
-        apart <= _tolerance(subject),
+        apart <= tolerance(subject),
         f"losses of {count} samples and of their halves differ by {apart:.1e}"
         + (", those of the halves are twice as large" if divided else ""),
         "the same loss, whatever else is in the batch",
@@ -106,72 +113,6 @@ def _loss_of_a_sample(subject: Subject, batch: GlobalBatch) -> Finding:
     )
 
 
-def _tolerance(subject: Subject) -> float:
-    """Return the relative difference that two computations of the same numbers may have."""
-    if subject.runtime.accelerator.mixed_precision != "no":
-        return 0.05
-    return 1e-3 if subject.runtime.device.type == "cpu" else 0.01  # TF32 has ten bits
-
-
-def _reference_gradient(subject: Subject, batch: GlobalBatch) -> dict[str, torch.Tensor]:
-    """Return the gradient of the mean of the losses over the global batch, float64 on the CPU, by parameter."""
-    totals = {name: torch.zeros_like(parameter) for name, parameter in _trainable(subject).items()}
-    model, runtime = local_model(subject), subject.runtime
-    buffers = [buffer.clone() for buffer in model.buffers()]
-    for slot in batch.slots:
-        with torch.no_grad():
-            for buffer, value in zip(model.buffers(), buffers):
-                buffer.copy_(value)
-        seed_torch(derive_seed(subject.settings.seed, subject.state.progress.step, slot.number), runtime.device)
-        for name, gradient in _gradient(subject, model, slot, batch.size).items():
-            totals[name] += gradient
-    return {name: runtime.sum(total) for name, total in totals.items()}
-
-
-def _gradient(subject: Subject, model: nn.Module, slot: Slot, size: int) -> dict[str, torch.Tensor]:
-    """Return the gradient of a slot's part of the mean loss over `size` samples, by parameter; zeros where none is."""
-    parameters = _trainable(subject)
-    with subject.runtime.accelerator.autocast():
-        loss = subject.measure(model, slot.batch)["loss"][: slot.count].sum() / size
-    # What fp16 cannot hold would come out as 0.
-    scale = 1.0 if subject.state.scaler is None else 1024.0
-    found = torch.autograd.grad(loss * scale, list(parameters.values()), allow_unused=True, materialize_grads=True)
-    return {name: gradient / scale for name, gradient in zip(parameters, found)}
-
-
-def _compiled_gradient(subject: Subject, batch: GlobalBatch) -> Finding:
-    """Compare the compiled model's gradient with the plain one's, parameter by parameter."""
-    slot = batch.slots[0]
-    gradients = []
-    for seed, model in ((0, subject.model), (1, subject.model), (0, local_model(subject))):
-        subject.seed(seed)
-        gradients.append(_gradient(subject, model, slot, slot.count))
-    plain, other, compiled = gradients
-    # Dropout draws other numbers when compiled, so that with it sizes can be compared, but not values.
-    random = any(not plain[name].equal(other[name]) for name in plain)
-    smallest = 1e-3 * _norm(plain)  # below which a gradient is rounding errors
-    wrong = []
-    for name, wanted in plain.items():
-        one, two, apart = (float(tensor.norm()) for tensor in (wanted, compiled[name], wanted - compiled[name]))
-        if max(one, two) <= smallest:
-            continue
-        if not (one / 3 <= two <= one * 3 if random else apart <= 10 * _tolerance(subject) * one):
-            wrong.append(f"{name} ({number(two)} for {number(one)})")
-    return judge(
-        "compiled gradient",
-        not wrong,
-        f"differs from the plain model's in {listing(wrong)}"
-        if wrong
-        else f"as the plain model's in all {len(plain)} parameters",
-        "the same size, with dropout, for each parameter" if random else "the same for each parameter",
-        (
-            "torch.compile makes a wrong backward pass of this model here: leave --compile out",
-            "another version of torch may compile it rightly",
-        ),
-        wrong=wrong,
-    )
-
-
 def _first_step(
     subject: Subject, loop: Loop, batch: GlobalBatch, snapshot: Snapshot
 ) -> tuple[Taken, dict[str, torch.Tensor]]:
@@ -179,7 +120,7 @@ def _first_step(
     gradients: dict[str, torch.Tensor] = {}
 
     def look(*_: Any) -> None:
-        for name, parameter in _trainable(subject).items():
+        for name, parameter in trainable(subject).items():
             if parameter.grad is not None:
                 gradients[name] = full(parameter.grad).to("cpu", torch.float64, copy=True)
 
@@ -197,74 +138,6 @@ def _first_step(
     finally:
         hook.remove()
     return taken, gradients
-
-
-def _compare_gradients(
-    subject: Subject, taken: Taken, gradients: dict[str, torch.Tensor], reference: dict[str, torch.Tensor] | None
-) -> Finding:
-    name, expected = "gradient of the loop", "the gradient of the mean loss over the global batch"
-    if not taken.applied:
-        return judge(
-            name,
-            False,
-            "the loss or a gradient of the first batch is NaN or infinite",
-            "finite",
-            (
-                "samples hold NaN or infinity, or are not normalised: see the checks of inputs and of features",
-                "a logarithm, root or division by 0 in the loss or in the model: use the forms of torch.nn.functional "
-                "that work on logits, or add a small number",
-                "the precision cannot hold the numbers: try --mixed_precision no",
-            ),
-            stop=True,
-        )
-    if reference is None:
-        return skip(name, "with FSDP no process holds a whole gradient to compare")
-    clipped = _norm(gradients)
-    factor = taken.norm / clipped if clipped else 0.0
-    nothing = torch.zeros((), dtype=torch.float64)
-    wanted = _norm(reference)
-    distance = _norm({key: gradients.get(key, nothing) * factor - value for key, value in reference.items()})
-    apart = distance / wanted if wanted else 1.0
-    return judge(
-        name,
-        apart <= _tolerance(subject),
-        f"norm {number(taken.norm)}; computed anew it is {number(wanted)}, the two are {apart:.1e} apart",
-        f"{expected}, to {_tolerance(subject):.0e}",
-        _causes_of_difference(subject, taken.norm / wanted if wanted else 1.0),
-        norm=taken.norm,
-        reference=wanted,
-        apart=apart,
-    )
-
-
-def _norm(tensors: dict[str, torch.Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.square().sum()) for tensor in tensors.values()))
-
-
-def _causes_of_difference(subject: Subject, ratio: float) -> tuple[str, ...]:
-    """Return what makes a gradient `ratio` times as large as it should be, the factor that fits best first."""
-    batching = subject.session.batching
-    passes, processes = batching.accumulation, batching.num_processes
-    share = batching.batch_size // processes
-    candidates = {
-        f"the loss is divided by the {passes} passes once more: the loop divides by --batch_size, once; "
-        f"compare with --micro_batch_size {share}": 1 / passes,
-        f"each of the {passes} passes is averaged by itself and then added; compare with --micro_batch_size {share}": (
-            passes
-        ),
-        f"the {processes} processes average their gradients twice: try one process": 1 / processes,
-        f"the {processes} processes add their gradients where they should average: try one process": processes,
-        "the processes do not exchange gradients, or only of the last pass (no_sync): try one process": 1.0,
-        "gradients of an earlier step are left: call optimizer.zero_grad() after every step": 2.0,
-        "the model draws random numbers that no seed reaches: use torch's own generators in forward": 1.0,
-    }
-    possible = {
-        text: value
-        for text, value in candidates.items()
-        if (passes > 1 or "passes" not in text) and (processes > 1 or "process" not in text)
-    }
-    wanted = math.log(ratio) if ratio > 0 else -math.inf
-    return tuple(sorted(possible, key=lambda text: abs(math.log(possible[text]) - wanted)))
 
 
 def _gradients_cleared(subject: Subject) -> Finding:
@@ -287,16 +160,17 @@ def _gradients_cleared(subject: Subject) -> Finding:
 
 
 def _step_size(subject: Subject, before: dict[str, torch.Tensor]) -> Finding:
-    after = _trainable(subject)
-    moved = _norm({name: (full(after[name]) - value).double() for name, value in before.items()})
-    length = _norm({name: value.double() for name, value in before.items()})
+    after = trainable(subject)
+    moved = norm_of({name: (full(after[name]) - value).double() for name, value in before.items()})
+    length = norm_of({name: value.double() for name, value in before.items()})
     size = moved / max(length, 1e-30)
     high = size > LARGEST_STEP
     rate = subject.settings.learning_rate
+    used = sorted({group["lr"] for group in subject.state.optimizer.param_groups})
     measured = f"a step at the peak rate {number(rate)} moves the weights by {size:.1e} of their norm"
     if not SMALLEST_STEP <= size <= LARGEST_STEP:
         measured += ": learning rate too high" if high else ": learning rate too low"
-    causes = (
+    causes: tuple[str, ...] = (
         "--learning_rate: --preflight lr tries rates and suggests one",
         "the initial weights are tiny: use the initialisation of the layer",
         "--max_grad_norm 0 lets a large gradient through: try 1",
@@ -304,9 +178,17 @@ def _step_size(subject: Subject, before: dict[str, torch.Tensor]) -> Finding:
     if not high:
         causes = (
             "--learning_rate: --preflight lr tries rates and suggests one",
-            "the optimizer holds other parameters than the model: build it after the last change of the model",
             "--max_grad_norm is far below the gradient's norm",
         )
+    if moved == 0:
+        measured = "a step changes nothing"
+        causes = (
+            "optimizer.step() is not called in each step",
+            "the optimizer holds other parameters than the model: build it after the last change of the model",
+        )
+    if any(not math.isclose(value, rate, rel_tol=1e-6) for value in used):
+        measured += f"; the optimizer has the rate {', '.join(map(number, used))}"
+        causes = ("the loop sets another rate than --learning_rate: see Loop.step", *causes)
     return judge(
         "step size",
         SMALLEST_STEP <= size <= LARGEST_STEP,
@@ -315,6 +197,58 @@ def _step_size(subject: Subject, before: dict[str, torch.Tensor]) -> Finding:
         causes,
         size=size,
         learning_rate=rate,
+    )
+
+
+def _step_direction(subject: Subject, before: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor]) -> Finding:
+    """See that the step goes against the gradient; all optimizers do at their first step."""
+    after = trainable(subject)
+    slope = sum(
+        float(((full(after[name]) - before[name]).to("cpu", torch.float64) * gradient).sum())
+        for name, gradient in gradients.items()
+    )
+    return judge(
+        "step direction",
+        slope <= 0,
+        f"along the first step the loss {'falls' if slope < 0 else 'rises' if slope > 0 else 'stays'}: {slope:.1e}",
+        "it does not rise",
+        (
+            "the optimizer maximises (maximize=True), or the sign of the loss is wrong",
+            "--weight_decay is so large that it outweighs the gradient: try a hundredth of it",
+        ),
+        slope=slope,
+    )
+
+
+def _averages(subject: Subject) -> Tensors:
+    """Return copies of what training averages: batch norm's means, and the weights if they are, as one."""
+    found = {
+        f"{name}.running_mean": module.running_mean.clone()
+        for name, module in subject.model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    }
+    if subject.state.ema:
+        found["the average of the weights"] = torch.cat(
+            [full(value).flatten().float() for value in subject.state.ema.values() if value.is_floating_point()]
+        )
+    return found
+
+
+def _averages_move(subject: Subject, before: Tensors) -> Iterator[Finding]:
+    """Name averages of training that stay as they were."""
+    if not before:
+        return
+    still = [name for name, value in _averages(subject).items() if value.equal(before[name])]
+    yield judge(
+        "averages move",
+        not still,
+        f"unchanged after the first steps: {listing(still)}" if still else f"all {len(before)} do",
+        "training updates the averages of batch norm and of the weights",
+        (
+            "the model is put into evaluation mode while it trains: look for .eval() in the loss or in the loop",
+            "the momentum of batch norm is 0, or --ema_decay is 1",
+        ),
+        unchanged=still,
     )
 
 
@@ -343,7 +277,7 @@ def _weights_updated(subject: Subject, before: dict[str, torch.Tensor], gradient
 
     A bias before batch norm, say, has a gradient of rounding errors, which SGD adds without changing a bit.
     """
-    after = _trainable(subject)
+    after = trainable(subject)
     expected, still = [], []
     for name, value in before.items():
         if name not in gradients or not value.numel():
