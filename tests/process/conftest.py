@@ -14,16 +14,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.process)
 
 
-class Classify:
-    """Runs train/classify.py in a folder of its own."""
+class Runs:
+    """Runs a script of train/ in a folder of its own."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, name):
         self.folder = folder
+        self.script = name
 
     def start(self, name, *arguments, **options):
         """Start a run and return its ranks."""
         common = ["--tracker", "none", "--output_dir", self.folder, "--run_name", name]
-        return Fleet(self.folder / "output", "classify", [*common, *arguments], **options)
+        return Fleet(self.folder / "output", self.script, [*common, *arguments], **options)
 
     def run(self, name, *arguments, **options):
         """Run to the end; fail unless the exit code is 0."""
@@ -57,4 +58,10 @@ class Classify:
 @pytest.fixture
 def classify(tmp_path):
     """A folder in which to run train/classify.py."""
-    return Classify(tmp_path)
+    return Runs(tmp_path, "classify")
+
+
+@pytest.fixture
+def reconstruct(tmp_path):
+    """A folder in which to run train/reconstruct.py."""
+    return Runs(tmp_path, "reconstruct")

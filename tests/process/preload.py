@@ -4,6 +4,7 @@
 import accelerate
 import matplotlib.backends.backend_agg
 import matplotlib.figure
+import PIL.ImageDraw
 import pyarrow.csv
 import pyarrow.parquet
 import sklearn.datasets
@@ -15,8 +16,12 @@ import torch.distributed.tensor
 import data_modules.load
 import data_modules.look
 import data_modules.training_loader
+import models.autoencoder
 import models.cnn
+import models.losses
 import models.lstm
 import models.mlp
 import train.classify
+import train.engine.gallery
 import train.engine.loop
+import train.reconstruct
