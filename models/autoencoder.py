@@ -78,7 +78,8 @@ class ConvAutoencoder(nn.Module):
 
     def decode(self, numbers_BZ: torch.Tensor) -> torch.Tensor:
         """Return the images [B, C, H, W] in (0, 1) that these numbers stand for."""
-        return torch.sigmoid(self.decoder(numbers_BZ))
+        # In float32: a sigmoid in bf16 rounds light grey to white.
+        return torch.sigmoid(self.decoder(numbers_BZ).float())
 
 
 def _check_size(input_shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help and refused flags ans
 
 EVALUATION_BATCH = 64  # samples of one process; changes no result beyond the order of sums
 SMALLEST_FOR_SSIM = 11  # pixels a side
+LARGEST_PSNR, SMALLEST_LOSS = 100.0, 1e-12  # an image that comes back equal would make all means infinite or NaN
 SSIM_WEIGHT = 0.1  # where images are large enough for it
 
 
@@ -95,6 +96,8 @@ def settle_on_loss(settings: ReconstructSettings, inputs: InputSpec) -> Reconstr
         )
     if settings.ssim_weight is None:
         settings = dataclasses.replace(settings, ssim_weight=0.0 if small else SSIM_WEIGHT)
+    if not settings.ssim_weight and not settings.mse_weight:
+        raise UsageError("--mse_weight 0.0: images below 11 pixels a side have no SSIM, so nothing is left of the loss")
     check_best_metric(settings, metric_names(settings, min(height, width) >= SMALLEST_FOR_SSIM))
     return settings
 
@@ -164,13 +167,13 @@ def build_measure(settings: ReconstructSettings, inputs: InputSpec) -> Measure:
             reconstructions = predict(model, {"inputs": seen})
         values = compute_loss(reconstructions, images, with_ssim=has_ssim and not model.training)
         if alpha and beta:
-            values["mse_share"] = alpha * values["mse"] / values["loss"]
+            values["mse_share"] = alpha * values["mse"] / values["loss"].clamp(min=SMALLEST_LOSS)
             values["ssim_share"] = 1 - values["mse_share"]
         if kl is not None:
             values["kl"] = kl.float()
             values["loss"] = values["loss"] + settings.kl_weight * kl.float()
         if not model.training:
-            values["psnr"] = psnr(reconstructions, images)
+            values["psnr"] = psnr(reconstructions, images).clamp(max=LARGEST_PSNR)
         return values
 
     return measure

@@ -8,12 +8,13 @@ SHORT = ("--model", "mnist_cnn", "--max_train_steps", 6, "--log_every", 1, "--ba
 PLACES = {
     "one process": {"processes": 1},
     "two processes": {"processes": 2},
-    "FSDP2": {"processes": 2, "faults": [("use_fsdp2", "Conv2d", "Linear")]},
+    "FSDP2": {"processes": 2, "faults": [("use_fsdp2",)]},
+    "FSDP2 by layers": {"processes": 2, "faults": [("use_fsdp2", "Conv2d", "Linear")]},
 }
 
 
-def findings(classify, name):
-    report = json.loads((classify.folder / name / "preflight.json").read_text())
+def findings(classify, name, file="preflight.json"):
+    report = json.loads((classify.folder / name / file).read_text())
     return {finding["check"]: finding for finding in report["findings"]}
 
 
@@ -61,7 +62,7 @@ def test_a_failed_check_ends_all_processes_with_3(classify):
 def test_learning_rates_are_tried(classify):
     finished = classify.run("run", "--preflight", "lr")
     assert (classify.folder / "run" / "plots" / "learning_rate.png").exists()
-    assert list(findings(classify, "run")) == ["learning rate"]
+    assert list(findings(classify, "run", "preflight_lr.json")) == ["learning rate"]
     assert "preflight lr: 1 passed" in finished.output
 
 
@@ -70,7 +71,10 @@ def test_preflight_of_a_run_with_checkpoints_leaves_them_alone(classify):
     before = {
         path: path.read_bytes() for path in (classify.folder / "run").rglob("*.*") if "preflight" not in path.name
     }
-    classify.run("run", *SHORT, "--preflight")
+    looked = classify.run("run", *SHORT, "--preflight")
+    assert "has checkpoints; a fresh start is examined" in looked.output and "refused" not in looked.output
+    other = classify.run("run", *SHORT, "--learning_rate", 0.002, "--preflight")
+    assert "training would be refused" in other.output and "learning_rate: 0.001 in the checkpoint" in other.output
     after = {path: path.read_bytes() for path in (classify.folder / "run").rglob("*.*") if "preflight" not in path.name}
     for kept in before.keys() | after.keys():
         assert kept.name in ("run.lock", "first_batch.png") or before[kept] == after[kept], kept

@@ -51,7 +51,11 @@ class Gallery:
 
     def watch(self, slot: Slot, values: Mapping[str, torch.Tensor]) -> None:
         """Remember the samples with the largest losses."""
-        losses, images = values["loss"][: slot.count].float(), slot.batch["inputs"][: slot.count]
+        # A loss that is no number is the worst of all.
+        losses, images = (
+            values["loss"][: slot.count].float().nan_to_num(nan=torch.inf),
+            slot.batch["inputs"][: slot.count],
+        )
         highest = losses.topk(min(WORST, len(losses))).indices
         found, pictures = losses[highest].cpu(), images[highest].float().cpu()
         losses = torch.cat([self._losses, found])
@@ -67,7 +71,8 @@ class Gallery:
         """
         step = self._state.progress.step
         validation = len(self._task.splits["validation"])
-        same = self._task.load("validation", torch.linspace(0, validation - 1, min(SHOWN, validation)).long(), None)
+        places = torch.arange(min(SHOWN, validation)) * (validation - 1) // max(1, min(SHOWN, validation) - 1)
+        same = self._task.load("validation", places, None)
         self._draw(model, same["inputs"], self._folder / "reconstructions" / f"step_{step:08d}.png")
         self._draw(model, self._worst_of_all(), self._folder / "worst.png")
         if self._sample is not None:
@@ -108,6 +113,6 @@ class Gallery:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 draw_images(path, rows, captions)
             except OSError as error:
-                raise TrainingError(f"{path}: cannot be written ({error.strerror})") from error
+                raise TrainingError(f"{path}: cannot be written ({error.strerror or error})") from error
 
         self._runtime.on_main(work)

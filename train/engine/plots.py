@@ -52,21 +52,23 @@ def draw_images(path: Path, rows: Sequence[tuple[str, torch.Tensor]], captions: 
     from PIL import Image, ImageDraw
 
     height, width = rows[0][1].shape[2:]
-    scale = max(SMALLEST_CELL / max(height, width), 1.0) if max(height, width) < LARGEST_CELL else LARGEST_CELL / height
+    side = max(height, width)
+    scale = max(1.0, SMALLEST_CELL / side) if side < LARGEST_CELL else LARGEST_CELL / side
     cell = (max(1, round(width * scale)), max(1, round(height * scale)))
     words = [caption.split("  ") for caption in captions]
     lines = max((len(parts) for parts in words), default=0)
     top, step = 16, cell[1] + 20
+    pitch = max(cell[0], SMALLEST_CELL) + 4  # captions need as much
     columns = max(len(images) for _, images in rows)
-    canvas = Image.new("RGB", (columns * (cell[0] + 4) + 4, len(rows) * step + 14 * lines + 4), "white")
+    canvas = Image.new("RGB", (columns * pitch + 4, len(rows) * step + 14 * lines + 4), "white")
     pen = ImageDraw.Draw(canvas)
     for row, (title, images) in enumerate(rows):
         pen.text((4, row * step + 2), title, fill="black")
         for column, pixels in enumerate((images.clamp(0, 1) * 255).round().byte()):
             image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
             method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
-            canvas.paste(image.resize(cell, method), (4 + column * (cell[0] + 4), row * step + top))
+            canvas.paste(image.resize(cell, method), (4 + column * pitch, row * step + top))
     for column, parts in enumerate(words):
         for line, word in enumerate(parts):
-            pen.text((4 + column * (cell[0] + 4), len(rows) * step + 14 * line), word, fill="black")
+            pen.text((4 + column * pitch, len(rows) * step + 14 * line), word, fill="black")
     canvas.save(path)

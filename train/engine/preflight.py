@@ -106,6 +106,8 @@ def _carry_out(check: Check, subject: Subject, known: set[str]) -> list[Finding]
         if text in known:  # one defect, one alarm
             return [*found, skip(name, f"{type(error).__name__}, as above")]
         cause = "training would break off with the same error: mend it first"
+        if "does not require grad" in message:
+            cause = "the graph is cut between the model and the loss: look for .detach(), .item() or torch.no_grad()"
         found.append(Finding(name, "fail", text, "no error", (cause,)))
     return found
 

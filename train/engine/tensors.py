@@ -63,15 +63,20 @@ def copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
         target.copy_(_like(value, target))
 
 
+def reshard(model: nn.Module) -> None:
+    """Put the shards back in place of what a forward pass without backward left whole; for FSDP2 only."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def assign(model: nn.Module, live: Tensors, values: Mapping[str, torch.Tensor]) -> None:
     """Copy values, whole or sharded, into the live tensors of a model.
 
     FSDP2 keeps the root's parameters whole after a forward pass without backward (torch 2.13), and would go on with
     those instead of what the shards become.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    reshard(model)
     for name, target in live.items():
         copy_into(target, values[name])
 

@@ -17,7 +17,7 @@ from train.engine.runtime import Runtime
 from train.engine.session import Session
 from train.engine.settings import TrainSettings
 from train.engine.state import RunState, capture, restore
-from train.engine.tensors import full, unwrap
+from train.engine.tensors import full, reshard, unwrap
 
 
 @dataclass
@@ -110,6 +110,7 @@ def without_trace(subject: Subject) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in zip(model.buffers(), buffers):
                 buffer.copy_(value)
+        reshard(model)  # the loop would collect whole parameters, which never get a gradient
         state.optimizer.zero_grad(set_to_none=True)
         for parameter in model.parameters():  # those that the optimizer does not have, too
             parameter.grad = None
