@@ -44,7 +44,7 @@ def find(check, subject, name):
     return found
 
 
-def process(host="one", device="cpu", gpu=None, gpus=(), unused=None, threads=1, cores=2):
+def process(host="one", device="cpu:0", gpu=None, gpus=(), unused=None, threads=1, cores=2):
     return {
         "host": host, "device": device, "gpu": gpu, "gpus": list(gpus), "unused": unused, "threads": threads,
         "cores": list(range(cores)),

@@ -549,3 +549,19 @@ def test_a_weak_signal_or_a_rare_class_is_no_failure(tmp_path, rows, slope, shif
     assert found["labels fit inputs"].status in ("pass", "warn"), found
     if found["labels fit inputs"].status == "warn":
         assert "too few samples to tell" in found["labels fit inputs"].causes[0]
+
+
+def test_a_lucky_guess_is_no_failure(tmp_path):
+    """Where classes lie far apart, initial weights may tell them apart by chance; no loss is wrong for that."""
+    head = nn.Linear(2, 2)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[-0.2, 0.0], [0.2, 0.0]]))
+    subject = classify_subject(tmp_path, dataset="blobs", build=lambda *_: head)
+    (finding,) = examine(subject, [preflight.check_initial_loss]).findings
+    assert finding.values["loss"] < 0.693 / 2 + 0.1
+    assert finding.status == "pass", finding
+    with torch.no_grad():
+        head.weight.mul_(4)
+    (finding,) = examine(subject, [preflight.check_initial_loss]).findings
+    assert finding.values["loss"] < 0.1
+    assert finding.status == "warn", finding

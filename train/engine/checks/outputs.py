@@ -124,9 +124,15 @@ def check_initial_loss(subject: Subject) -> Iterator[Finding]:
         yield judge("loss at initialisation", False, measured, wanted, (cause,), stop=True)
         return
     loss, theory = float(losses.float().mean()), subject.task.untrained_loss(batch)
-    far = not abs(loss - theory) <= OFF
-    # Nothing that has learned nothing loses half as much as a guess: that is an error of the loss, not of the weights.
-    impossible = not loss >= theory / 2
+    # An untrained model may guess well by chance, where classes lie far apart, but not the labels of other samples: a
+    # loss that is too low for those is computed wrongly.
+    unknown, least = loss, theory
+    if subject.task.targets:
+        turned = batch | {name: batch[name].flip(0) for name in subject.task.targets}
+        with torch.no_grad():
+            unknown = float(subject.losses(turned)["loss"].float().mean())
+        least = subject.task.constant_loss(batch)
+    far, impossible = not abs(loss - theory) <= OFF, not unknown >= least / 2
     yield judge(
         "loss at initialisation",
         not far and not impossible,

@@ -171,7 +171,7 @@ def _find_gpu_problems(host: str, local: list[dict[str, Any]], num_processes: in
 
 def _find_thread_problems(host: str, local: list[dict[str, Any]], environment: Mapping[str, str]) -> list[_Problem]:
     """Find more threads than cores; or idle cores that torchrun, not the user, left so."""
-    if local[0]["device"] != "cpu":
+    if not local[0]["device"].startswith("cpu"):  # cpu:0 under torchrun
         return []
     threads, cores = sum(facts["threads"] for facts in local), len(_cores(local))
     fitting = max(1, cores // len(local))
