@@ -15,7 +15,7 @@ from train.engine import preflight
 from train.engine.checks.finding import Finding, judge, listing, skip
 from train.engine.checks.report import Report, draw_report, write_report
 from train.engine.checks.subject import trial, without_trace
-from train.engine.errors import UsageError
+from train.engine.errors import TrainingError, UsageError
 from train.engine.preflight import FULL, MACHINE, QUICK, examine
 from train.engine.randomness import capture_rng
 
@@ -251,3 +251,16 @@ def test_picture_of_gradients_and_curve(tmp_path):
 def test_long_lists_are_cut():
     assert listing(["a", "b"]) == "a, b"
     assert listing(list("abcdefg")) == "a, b, c, d, e and 2 more"
+
+
+def test_a_report_that_cannot_be_written_stops_no_run(subject, monkeypatch, capsys):
+    def full(report, run):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(preflight, "write_report", full)
+    preflight.warn(subject)
+    assert "preflight.md cannot be written: No space left on device" in capsys.readouterr().out
+    with pytest.raises(TrainingError, match="No space left on device"):
+        preflight.preflight(
+            dataclasses.replace(subject, settings=dataclasses.replace(subject.settings, preflight="lr"))
+        )

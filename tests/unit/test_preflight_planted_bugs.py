@@ -526,7 +526,9 @@ def test_sound_recipes_raise_no_false_alarm(tmp_path, recipe):
         arguments = ["--config", file, "--seed", str(seed)]
         settings = dataclasses.asdict(parse_settings(ClassifySettings, arguments, ""))
         changed = {**settings, **RECIPES[recipe], "output_dir": str(tmp_path), "tracker": "none", "preflight": "full"}
-        report = examine(classify_subject(tmp_path, **changed), CHECKS)
+        # Without the round trip, whose warning about the time to save depends on how busy the disk is.
+        checks = [check for check in CHECKS if check is not preflight.check_round_trip]
+        report = examine(classify_subject(tmp_path, **changed), checks)
         alarms += [(seed, finding) for finding in report.findings if finding.status in ("warn", "fail")]
     # Points are not standardised: one network of twenty loses 0.67 more than a guess at its start, and is told so.
     expected = 1 if recipe == "blobs" else 0

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
@@ -34,7 +35,7 @@ from train.engine.checks.round_trip import check_round_trip
 from train.engine.checks.speed import check_speed
 from train.engine.checks.step import check_step
 from train.engine.checks.subject import Subject, without_trace
-from train.engine.errors import EXIT_DONE, EXIT_PREFLIGHT, UsageError
+from train.engine.errors import EXIT_DONE, EXIT_PREFLIGHT, TrainingError, UsageError
 
 Check = Callable[[Subject], Iterable[Finding]]
 
@@ -129,16 +130,31 @@ def warn(subject: Subject) -> None:
     if subject.runtime.is_main:
         print(report.summary(), flush=True)
         if subject.session.run is not None and not resumed:
-            write_report(report, subject.session.run.path)
+            try:
+                write_report(report, subject.session.run.path)
+            except OSError as error:  # the run needs no report; if it cannot write either, its own saves say so
+                print(f"preflight.md cannot be written: {error.strerror or error}", flush=True)
 
 
 def preflight(subject: Subject) -> int:
-    """Carry out what --preflight asks for, print and write the report, and return the exit code."""
+    """Carry out what --preflight asks for, print and write the report, and return the exit code.
+
+    Raises:
+        TrainingError: the report cannot be written.
+    """
     checks = (check_learning_rate,) if subject.settings.preflight == "lr" else FULL
     report = examine(subject, checks)
-    if subject.runtime.is_main:
-        print(report.table(), flush=True)
-        if subject.session.run is not None:
-            print("\n".join(f"written {path}" for path in write_report(report, subject.session.run.path)), flush=True)
+    subject.runtime.say(report.table())
+    run = subject.session.run
+    written = [] if run is None else subject.runtime.on_main(lambda: _write(report, run.path))
+    for path in written:
+        subject.runtime.say(f"written {path}")
     failed = subject.runtime.broadcast(report.failed)
     return EXIT_PREFLIGHT if failed else EXIT_DONE
+
+
+def _write(report: Report, run: Path) -> list[Path]:
+    try:
+        return write_report(report, run)
+    except OSError as error:
+        raise TrainingError(f"{error.filename or run}: cannot be written ({error.strerror or error})") from error
