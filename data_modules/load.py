@@ -6,7 +6,6 @@ none, fit the preprocessing on what is left to train on, and only then encode al
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,8 +17,9 @@ from data_modules.columns import Columns, find_columns, find_image_column, is_in
 from data_modules.errors import DataError
 from data_modules.images import ImagePreprocessing, fit_images
 from data_modules.labels import find_class_names, find_twins, has_labels, number_labels
-from data_modules.options import DataOptions, Task
+from data_modules.options import DataOptions
 from data_modules.points import PointPreprocessing, fit_points
+from data_modules.refusals import refuse_for_reconstruction, refuse_options
 from data_modules.rows import Rows
 from data_modules.source import open_source
 from data_modules.splits import (
@@ -53,7 +53,7 @@ def load_data(options: DataOptions, *, labelled: bool = True) -> DataModule:
     from data_modules import embedded, embedded_tables
 
     if not labelled:
-        _refuse_for_reconstruction(options)
+        refuse_for_reconstruction(options)
     embedded_sets: dict[str, Callable[[], DataModule]] = {
         "digits": partial(embedded.load_digits, labelled=labelled),
         "blobs": embedded.load_blobs,
@@ -61,44 +61,12 @@ def load_data(options: DataOptions, *, labelled: bool = True) -> DataModule:
         "wine": embedded_tables.load_wine,
     }
     if options.dataset in embedded_sets:
-        _refuse_options(options, None)
+        refuse_options(options, None)
         data = embedded_sets[options.dataset]()
         if not labelled and data.inputs.task != "image":
             refuse_kind(options.dataset, data.inputs.task)
         return data
     return _load_source(options, labelled)
-
-
-def _refuse_for_reconstruction(options: DataOptions) -> None:
-    """Refuse what says nothing about images without labels, or would take their pixels out of [0, 1]."""
-    reasons = {
-        "label_column": "reconstruction uses no labels",
-        "image_mean": "reconstruction needs pixels in [0, 1]",
-        "image_std": "reconstruction needs pixels in [0, 1]",
-    }
-    for name, reason in reasons.items():
-        if getattr(options, name):
-            raise DataError(f"--{name}: {reason}; leave it out")
-    if options.task not in ("auto", "image"):
-        raise DataError(f"--task {options.task}: reconstruction needs images; leave it out")
-
-
-def _refuse_options(options: DataOptions, task: Task | None) -> None:
-    """Refuse what says nothing about samples of a task; None stands for the embedded sets, which are as they are."""
-    meant_for: dict[Task, tuple[str, ...]] = {
-        "image": ("image_size", "image_mean", "image_std"),
-        "text": ("tokenizer", "vocab_size", "min_count", "max_length"),
-        "table": ("categorical_columns",),
-    }
-    for field in dataclasses.fields(DataOptions):
-        given = getattr(options, field.name) != field.default
-        if task is None and field.name != "dataset":
-            others, what = ["files and hub ids"], f"{options.dataset} is embedded"
-        else:
-            others = [kind for kind, names in meant_for.items() if field.name in names and kind != task]
-            what = f"the samples are of the kind {task}"
-        if given and others:
-            raise DataError(f"--{field.name}: is for {others[0]}, and {what}; leave it out")
 
 
 def _load_source(options: DataOptions, labelled: bool) -> DataModule:
@@ -118,7 +86,7 @@ def _load_source(options: DataOptions, labelled: bool) -> DataModule:
         if len(rows) == 0:
             raise DataError(f"{source}: split {rows.name!r} has no rows; fill it or remove it")
     columns = (find_columns if labelled else find_image_column)(source, parts["train"], options)
-    _refuse_options(options, columns.task)
+    refuse_options(options, columns.task)
     class_names: list[str] = []
     target = "itself; labels do not matter" if columns.label is None else columns.label
     notes = [f"task {columns.task}: {', '.join(columns.inputs)} to {target}"]

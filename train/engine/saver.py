@@ -10,8 +10,9 @@ import torch.distributed as dist
 
 from train.engine.errors import TrainingError
 from train.engine.preemption import Preemption, Request
+from train.engine.resume import environment
 from train.engine.runtime import Runtime
-from train.engine.session import Session, environment
+from train.engine.session import Session
 from train.engine.settings import TrainSettings, parse_every
 from train.engine.sharded import describe_whole, own_pieces, shard_file
 from train.engine.state import RunState, capture

@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,12 +27,13 @@ from torch import nn
 
 from train.engine import checkpoint, storage
 from train.engine.batching import Batching, plan_batching
-from train.engine.checkpoint import Checkpoint, DamagedCheckpointError
+from train.engine.checkpoint import Checkpoint
 from train.engine.cli import settings_to_yaml
 from train.engine.contract import Score
 from train.engine.errors import TrainingError, UsageError
 from train.engine.optimizer import build_optimizer
 from train.engine.plots import draw_curves
+from train.engine.resume import choose_checkpoint, compare_settings
 from train.engine.run_directory import RunDirectory, open_run
 from train.engine.runtime import Runtime
 from train.engine.settings import RunSettings, TrainSettings
@@ -105,7 +105,7 @@ def open_session(settings: TrainSettings, runtime: Runtime, data: dict[str, Any]
                 notes.append(f"{path} has checkpoints; a fresh start is examined, and they stay as they are")
                 found, _ = checkpoint.find_newest(mine[0].checkpoints)
                 try:
-                    notes += [] if found is None else _compare(settings, runtime, data, found)
+                    notes += [] if found is None else compare_settings(settings, runtime, data, found)
                 except UsageError as error:
                     notes.append(f"training would be refused: {error}")
             return None, batching, notes
@@ -114,10 +114,10 @@ def open_session(settings: TrainSettings, runtime: Runtime, data: dict[str, Any]
             if settings.resume in ("latest", "best"):
                 raise UsageError(f"--resume {settings.resume}: {path} has no checkpoint")
         mine.append(open_run(path))
-        found, messages = _choose(settings, mine[0])
+        found, messages = choose_checkpoint(settings, mine[0])
         saved_slots = None
         if found is not None:
-            messages += _compare(settings, runtime, data, found)
+            messages += compare_settings(settings, runtime, data, found)
             messages += [f"resuming {path} from step {found.step} ({found.path})"]
             saved_slots = found.record["progress"]["slots"]
         return found, plan_batching(settings, runtime.num_processes, saved_slots), messages
@@ -227,83 +227,6 @@ def best_weights(settings: TrainSettings, runtime: Runtime, session: Session, st
     averaged = settings.best_metric.startswith("val/ema_")
     restore_model(state.model, files["ema" if averaged else "model"], best.record["aliases"])
     return best.step
-
-
-def environment(runtime: Runtime) -> dict[str, Any]:
-    """Return what a checkpoint says of where it was made."""
-    return {
-        "num_processes": runtime.num_processes,
-        "num_threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if runtime.device.type == "cuda" else runtime.device.type,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _choose(settings: RunSettings, run: RunDirectory) -> tuple[Checkpoint | None, list[str]]:
-    folder, wish = run.checkpoints, settings.resume
-    if wish == "never":
-        if checkpoint.list_steps(folder):
-            raise UsageError(f"--resume never: {run.path} has checkpoints already; choose another --run_name")
-        return None, []
-    if wish in ("auto", "latest", "best"):
-        found, damages = checkpoint.find_best(folder) if wish == "best" else checkpoint.find_newest(folder)
-        messages = [f"skipped a checkpoint: {damage}" for damage in damages]
-        if found is None and wish != "auto":
-            raise UsageError([*messages, f"--resume {wish}: {run.path} has no valid checkpoint"])
-        return found, messages
-    path = Path(wish)
-    if not path.exists():
-        raise UsageError(f"--resume {wish}: neither auto, never, latest, best nor a checkpoint's folder")
-    try:
-        return checkpoint.open_checkpoint(path), []
-    except DamagedCheckpointError as error:
-        raise UsageError(f"--resume: {error}") from error
-
-
-def _compare(settings: RunSettings, runtime: Runtime, data: dict[str, Any], found: Checkpoint) -> list[str]:
-    """Return notes on harmless differences between the checkpoint's settings and the new ones.
-
-    Raises:
-        UsageError: a setting that changes the result differs and the user has not agreed.
-    """
-    saved = found.record
-    new = {
-        **dataclasses.asdict(settings),
-        "data": data["fingerprint"],
-        "precision": runtime.accelerator.mixed_precision,
-    }
-    old = {**saved["config"], "data": saved["data"]["fingerprint"], "precision": saved["precision"]}
-    hidden = {
-        "config", "resume", "allow_changes", "run_name", "output_dir", "dry_run", "preflight", "dataset",
-        "mixed_precision",
-    }  # fmt: skip
-    notes, refused = [], []
-    for name in sorted((old.keys() | new.keys()) - hidden):
-        before, now = _plain(old.get(name)), _plain(new.get(name))
-        if before == now:
-            continue
-        line = f"{name}: {before} in the checkpoint, {now} now"
-        if name in settings.neutral or name in settings.allow_changes:
-            notes.append(f"changed {line}")
-        else:
-            refused.append((name, line))
-    if refused:
-        names = " ".join(name for name, _ in refused)
-        lines = "\n  ".join(line for _, line in refused)
-        raise UsageError(
-            f"{found.path} was made with other settings, which change the result:\n  {lines}\n"
-            f"To go on all the same: --allow_changes {names}. To start anew: choose another --run_name"
-        )
-    before, now = saved["environment"], environment(runtime)
-    for name in ("num_threads", "device", "torch"):
-        if before[name] != now[name]:
-            notes.append(f"changed {name}: {before[name]} in the checkpoint, {now[name]} now; the last bits may differ")
-    return notes
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def finish(

@@ -1,0 +1,99 @@
+"""Which checkpoint a start goes on from, and whether its settings are those of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.engine import checkpoint
+from train.engine.checkpoint import Checkpoint, DamagedCheckpointError
+from train.engine.errors import UsageError
+from train.engine.run_directory import RunDirectory
+from train.engine.runtime import Runtime
+from train.engine.settings import RunSettings
+
+
+def environment(runtime: Runtime) -> dict[str, Any]:
+    """Return what a checkpoint says of where it was made."""
+    return {
+        "num_processes": runtime.num_processes,
+        "num_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if runtime.device.type == "cuda" else runtime.device.type,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def choose_checkpoint(settings: RunSettings, run: RunDirectory) -> tuple[Checkpoint | None, list[str]]:
+    """Return the checkpoint that --resume names, if there is one, and what is wrong with newer ones.
+
+    Raises:
+        UsageError: --resume names what is not there, is damaged, or may not be.
+    """
+    folder, wish = run.checkpoints, settings.resume
+    if wish == "never":
+        if checkpoint.list_steps(folder):
+            raise UsageError(f"--resume never: {run.path} has checkpoints already; choose another --run_name")
+        return None, []
+    if wish in ("auto", "latest", "best"):
+        found, damages = checkpoint.find_best(folder) if wish == "best" else checkpoint.find_newest(folder)
+        messages = [f"skipped a checkpoint: {damage}" for damage in damages]
+        if found is None and wish != "auto":
+            raise UsageError([*messages, f"--resume {wish}: {run.path} has no valid checkpoint"])
+        return found, messages
+    path = Path(wish)
+    if not path.exists():
+        raise UsageError(f"--resume {wish}: neither auto, never, latest, best nor a checkpoint's folder")
+    try:
+        return checkpoint.open_checkpoint(path), []
+    except DamagedCheckpointError as error:
+        raise UsageError(f"--resume: {error}") from error
+
+
+def compare_settings(settings: RunSettings, runtime: Runtime, data: dict[str, Any], found: Checkpoint) -> list[str]:
+    """Return notes on harmless differences between the checkpoint's settings and the new ones.
+
+    Raises:
+        UsageError: a setting that changes the result differs and the user has not agreed.
+    """
+    saved = found.record
+    new = {
+        **dataclasses.asdict(settings),
+        "data": data["fingerprint"],
+        "precision": runtime.accelerator.mixed_precision,
+    }
+    old = {**saved["config"], "data": saved["data"]["fingerprint"], "precision": saved["precision"]}
+    hidden = {
+        "config", "resume", "allow_changes", "run_name", "output_dir", "dry_run", "preflight", "dataset",
+        "mixed_precision",
+    }  # fmt: skip
+    notes, refused = [], []
+    for name in sorted((old.keys() | new.keys()) - hidden):
+        before, now = _plain(old.get(name)), _plain(new.get(name))
+        if before == now:
+            continue
+        line = f"{name}: {before} in the checkpoint, {now} now"
+        if name in settings.neutral or name in settings.allow_changes:
+            notes.append(f"changed {line}")
+        else:
+            refused.append((name, line))
+    if refused:
+        names = " ".join(name for name, _ in refused)
+        lines = "\n  ".join(line for _, line in refused)
+        raise UsageError(
+            f"{found.path} was made with other settings, which change the result:\n  {lines}\n"
+            f"To go on all the same: --allow_changes {names}. To start anew: choose another --run_name"
+        )
+    before, now = saved["environment"], environment(runtime)
+    for name in ("num_threads", "device", "torch"):
+        if before[name] != now[name]:
+            notes.append(f"changed {name}: {before[name]} in the checkpoint, {now[name]} now; the last bits may differ")
+    return notes
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
