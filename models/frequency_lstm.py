@@ -1,0 +1,35 @@
+"""LSTM that carries its state from call to call. Legend: B batch, T time, F input columns, H hidden state."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+State = tuple[torch.Tensor, torch.Tensor]  # hidden h and cell c, each [1, B, H]
+
+
+class FrequencyLSTM(nn.Module):
+    """LSTM of one layer and a linear layer: one number for every time step."""
+
+    def __init__(self, num_inputs: int = 5, hidden_size: int = 64) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(num_inputs, hidden_size, batch_first=True)
+        self.head = nn.Linear(hidden_size, 1)
+
+    def forward(self, x_BTF: torch.Tensor, state: State | None) -> tuple[torch.Tensor, State]:
+        """Return the answers [B, T, 1] and the state after the last time step.
+
+        Args:
+            x_BTF: inputs, in the order of time.
+            state: what the call before returned; None for zeros.
+        """
+        hidden_BTH, state = self.lstm(x_BTF, state)
+        return self.head(hidden_BTH), state
+
+    def summary(self) -> str:
+        """Return a line on the layers and how many parameters each has."""
+        lstm, head = (sum(parameter.numel() for parameter in layer.parameters()) for layer in (self.lstm, self.head))
+        return (
+            f"LSTM({self.lstm.input_size} -> {self.lstm.hidden_size}) {lstm:,} + Linear({self.lstm.hidden_size} -> 1) "
+            f"{head:,} = {lstm + head:,} parameters"
+        )
