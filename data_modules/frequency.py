@@ -36,7 +36,7 @@ class Sequence:
         digest = xxhash.xxh3_128()
         for part in (self.inputs, self.targets):
             digest.update(str(tuple(part.shape)).encode())
-            digest.update(part.numpy())
+            digest.update(part.numpy().tobytes())
         return digest.hexdigest()
 
 

@@ -25,7 +25,7 @@ from train.engine.sharded import SHARD, ShardedTensors, complete
 
 FORMAT = 1
 REQUIRED = ("model", "optimizer")  # each one file, or a shard of each process
-KNOWN = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "rng.safetensors", "state.json")
+KNOWN = (*(f"{part}.safetensors" for part in (*REQUIRED, "ema", "carried", "rng")), "state.json")
 _NAME = re.compile(r"step_[0-9]{8,18}")
 _LARGEST_JSON = 256 * 2**20
 

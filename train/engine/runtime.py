@@ -120,7 +120,7 @@ def start_runtime(settings: RunSettings) -> Runtime:
     """
     try:
         accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision,
+            mixed_precision=settings.precision,
             # Without this, several CPU processes silently become several single ones (accelerate 1.15).
             cpu=not torch.accelerator.is_available(),
             kwargs_handlers=[
@@ -130,12 +130,12 @@ def start_runtime(settings: RunSettings) -> Runtime:
             ],
         )
     except (ValueError, ImportError) as error:
-        raise UsageError(f"--mixed_precision {settings.mixed_precision}: {error}") from error
+        raise UsageError(f"--mixed_precision {settings.precision}: {error}") from error
     precision = accelerator.mixed_precision
     if precision == "fp16" and accelerator.scaler is None:  # Accelerate would go on without loss scaling
         raise UsageError(f"mixed precision fp16 is not to be had on {accelerator.device.type}: choose bf16 or no")
-    if settings.mixed_precision not in (None, precision):
-        raise UsageError(f"--mixed_precision {settings.mixed_precision}: Accelerate would use {precision!r}")
+    if settings.precision not in (None, precision):
+        raise UsageError(f"--mixed_precision {settings.precision}: Accelerate would use {precision!r}")
     kind = accelerator.distributed_type
     other_wrappers = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if kind in other_wrappers or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):

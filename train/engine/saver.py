@@ -13,7 +13,7 @@ from train.engine.preemption import Preemption, Request
 from train.engine.resume import environment
 from train.engine.runtime import Runtime
 from train.engine.session import Session
-from train.engine.settings import TrainSettings, parse_every
+from train.engine.settings import RunSettings, parse_every
 from train.engine.sharded import describe_whole, own_pieces, shard_file
 from train.engine.state import RunState, capture
 from train.engine.tensors import Tensors, full
@@ -26,7 +26,7 @@ class Saver:
 
     def __init__(
         self,
-        settings: TrainSettings,
+        settings: RunSettings,
         runtime: Runtime,
         session: Session,
         state: RunState,
@@ -35,10 +35,10 @@ class Saver:
     ) -> None:
         self._runtime = runtime
         self._run = session.run
-        self._state = state
+        self.state = state
         self._tracker = tracker
         self._every = parse_every(settings.checkpoint_every)
-        self._sharded = settings.checkpoint_format == "sharded" and runtime.num_processes > 1
+        self._sharded = settings.sharded and runtime.num_processes > 1
         self._writer = None  # on rank 0 only, unless the checkpoint is sharded
         if self._run is not None and (runtime.is_main or self._sharded):
             group = dist.new_group(backend="gloo") if self._sharded else None  # its own: a thread uses it
@@ -55,7 +55,7 @@ class Saver:
     def reserve(self) -> None:
         """Get memory for checkpoints; to be called when the first step has made the optimizer's state."""
         if self._run is not None:
-            files = self._files(capture(self._state, self._runtime)[0])
+            files = self._files(capture(self.state, self._runtime)[0])
             if self._writer is not None:
                 self._writer.reserve(files)
 
@@ -68,8 +68,8 @@ class Saver:
         start = self._last_save = time.perf_counter()
         if self._run is None:
             return
-        self._state.progress.metrics_bytes = self._tracker.position
-        live, record = capture(self._state, self._runtime)
+        self.state.progress.metrics_bytes = self._tracker.position
+        live, record = capture(self.state, self._runtime)
         files = self._files(live)
         if self._sharded:
             record["whole"] = {part: describe_whole(tensors) for part, tensors in live.items() if part != "rng"}

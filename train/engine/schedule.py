@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from train.engine.settings import TrainSettings
+from train.engine.settings import ScheduleSettings
 
 Schedule = Callable[[int], float]
 
 
-def build_schedule(settings: TrainSettings, total_steps: int) -> Schedule:
+def build_schedule(settings: ScheduleSettings, total_steps: int) -> Schedule:
     """Return the factor on the peak learning rate for the update that follows `step` finished ones.
 
     Linear and cosine fall to 0 after `total_steps`. One-cycle rises from 1/25 of the peak (over warmup_steps, or 30 %

@@ -82,8 +82,16 @@ def check_output(settings: RunSettings) -> None:
         raise UsageError(f"--output_dir {settings.output_dir}: {folder} {reason}; choose another folder")
 
 
-def open_session(settings: TrainSettings, runtime: Runtime, data: dict[str, Any]) -> Session:
+def open_session(
+    settings: RunSettings, runtime: Runtime, data: dict[str, Any], plan: Callable[..., Batching] = plan_batching
+) -> Session:
     """Open the run on rank 0, choose the checkpoint to resume, if any, and cut the batch; the same on all processes.
+
+    Args:
+        settings: the run's.
+        runtime: of this start.
+        data: what a run must remember of its data, in plain values.
+        plan: cuts the batch; takes the arguments of `plan_batching`.
 
     Raises:
         UsageError: on all processes: the folder cannot be written or is in use, the checkpoint asked for does not
@@ -91,14 +99,14 @@ def open_session(settings: TrainSettings, runtime: Runtime, data: dict[str, Any]
             changed.
     """
     if settings.dry_run:
-        return Session(None, None, plan_batching(settings, runtime.num_processes))
+        return Session(None, None, plan(settings, runtime.num_processes))
     assert settings.run_name is not None
     path = Path(settings.output_dir) / settings.run_name
     mine: list[RunDirectory] = []
 
     def choose() -> tuple[Checkpoint | None, Batching, list[str]]:
         if settings.only_preflight:  # the run as it would start; its checkpoints stay as they are
-            batching = plan_batching(settings, runtime.num_processes)
+            batching = plan(settings, runtime.num_processes)
             mine.append(open_run(path))
             notes = []
             if checkpoint.list_steps(mine[0].checkpoints):
@@ -110,7 +118,7 @@ def open_session(settings: TrainSettings, runtime: Runtime, data: dict[str, Any]
                     notes.append(f"training would be refused: {error}")
             return None, batching, notes
         if not checkpoint.list_steps(path / "checkpoints"):  # refuse before a folder is made
-            plan_batching(settings, runtime.num_processes)
+            plan(settings, runtime.num_processes)
             if settings.resume in ("latest", "best"):
                 raise UsageError(f"--resume {settings.resume}: {path} has no checkpoint")
         mine.append(open_run(path))
@@ -120,7 +128,7 @@ def open_session(settings: TrainSettings, runtime: Runtime, data: dict[str, Any]
             messages += compare_settings(settings, runtime, data, found)
             messages += [f"resuming {path} from step {found.step} ({found.path})"]
             saved_slots = found.record["progress"]["slots"]
-        return found, plan_batching(settings, runtime.num_processes, saved_slots), messages
+        return found, plan(settings, runtime.num_processes, saved_slots), messages
 
     found, batching, messages = runtime.on_main(choose)
     for message in messages:
@@ -154,13 +162,23 @@ def prepare_state(settings: TrainSettings, runtime: Runtime, session: Session, m
     state = RunState(model, optimizer.optimizer, Progress(session.batching.slots), runtime.accelerator.scaler)
     if settings.ema_decay > 0:
         state.ema = {name: value.detach().clone() for name, value in named_tensors(model)[0].items()}
-    if session.found is not None:
-        try:
-            restore(state, runtime, session.found.load(), session.found.record, settings.allow_changes)
-        except ValueError as error:
-            raise UsageError(f"{session.found.path}: {error}") from error
-        state.progress.slots = session.batching.slots
+    load_found(settings, runtime, session, state)
     return state
+
+
+def load_found(settings: RunSettings, runtime: Runtime, session: Session, state: RunState) -> None:
+    """Load the checkpoint that the session found, if any, into the state.
+
+    Raises:
+        UsageError: the checkpoint does not fit the model.
+    """
+    if session.found is None:
+        return
+    try:
+        restore(state, runtime, session.found.load(), session.found.record, settings.allow_changes)
+    except ValueError as error:
+        raise UsageError(f"{session.found.path}: {error}") from error
+    state.progress.slots = session.batching.slots
 
 
 def show_inputs(
@@ -214,7 +232,7 @@ def start_tracking(settings: RunSettings, runtime: Runtime, session: Session) ->
     return tracker
 
 
-def best_weights(settings: TrainSettings, runtime: Runtime, session: Session, state: RunState) -> int:
+def best_weights(runtime: Runtime, session: Session, state: RunState, best_metric: str) -> int:
     """Put the weights of the best checkpoint into the model, on all processes, and return their step."""
     assert session.run is not None
     folder = session.run.checkpoints
@@ -224,29 +242,29 @@ def best_weights(settings: TrainSettings, runtime: Runtime, session: Session, st
     if best is None:
         return state.progress.step
     files = best.load()
-    averaged = settings.best_metric.startswith("val/ema_")
+    averaged = best_metric.startswith("val/ema_")
     restore_model(state.model, files["ema" if averaged else "model"], best.record["aliases"])
     return best.step
 
 
 def finish(
-    settings: TrainSettings,
     runtime: Runtime,
     session: Session,
     state: RunState,
     tracker: Tracker,
     test: Score | None,
+    best_metric: str,
 ) -> dict[str, float]:
     """Score the best weights on the test split, draw the curves, close the run, and say where everything is."""
     progress = state.progress
     results: dict[str, float] = {}
     if progress.finished and session.run is not None:
-        best_step = best_weights(settings, runtime, session, state)
+        best_step = best_weights(runtime, session, state, best_metric)
         if test is not None:
             results = {f"test/{name}": value for name, value in test(state.model).items()}
             tracker.summarize(progress.step, results)
             shown = "  ".join(f"{name} {value:.4f}" for name, value in results.items())
-            runtime.say(f"\n{shown}   (weights of step {best_step}, best {settings.best_metric})")
+            runtime.say(f"\n{shown}   (weights of step {best_step}, best {best_metric})")
     run = session.run
     if run is not None and runtime.is_main:
         curves = run.plots / "curves.png"

@@ -1,4 +1,4 @@
-"""The settings that all sharded training scripts share. A script adds its own fields by inheriting.
+"""The settings that training scripts share. A script adds its own fields by inheriting.
 
 Each field becomes a flag and a recipe key of the same name. `neutral` names the fields that cannot change the
 trained weights; every other one must keep its value when a run is resumed.
@@ -34,8 +34,6 @@ class RunSettings:
     """Seed of everything random."""
     deterministic: bool = False
     """Deterministic algorithms only (slower on a GPU)."""
-    mixed_precision: Literal["no", "bf16", "fp16", "fp8"] | None = None
-    """Default: what the launcher says."""
     tracker: Literal["wandb", "none"] = "wandb"
     """Where metrics go beside metrics.jsonl. wandb works offline when there is no key."""
     wandb_project: str = "exact-training"
@@ -44,28 +42,32 @@ class RunSettings:
     """Optimizer steps between two lines of training metrics."""
     checkpoint_every: str = "1 epoch"
     """'500' optimizer steps, '2 epochs' or '10 minutes'. A new best and the end of the run are saved besides."""
-    checkpoint_format: Literal["whole", "sharded"] = "whole"
-    """whole: rank 0 writes one file each for model and optimizer. sharded: every process writes its part, for large
-    states on a file system that all share. Either resumes on any number of processes."""
     keep_checkpoints: int = 3
     """Newest checkpoints to keep; the best is kept besides."""
     dry_run: bool = False
     """Check everything, do one step and one evaluation batch, write nothing."""
-    preflight: Literal["quick", "full", "lr", "off"] = "quick"
-    """--preflight, or full: check everything before a run, write preflight.md, and leave with 0, or with 3 if a check
-    fails. quick: a few seconds of checks at a fresh start, which only warn. lr: try learning rates, draw the curve."""
     verify_resume: bool = False
     """Run a few steps straight, and killed and restarted, compare all tensors, and leave with 0 if equal, else 3."""
 
     neutral: ClassVar[frozenset[str]] = frozenset({
         "output_dir", "run_name", "config", "resume", "allow_changes", "tracker", "wandb_project", "log_every",
-        "checkpoint_every", "checkpoint_format", "keep_checkpoints", "dry_run", "preflight", "verify_resume",
+        "checkpoint_every", "keep_checkpoints", "dry_run", "verify_resume",
     })  # fmt: skip
+
+    @property
+    def precision(self) -> str | None:
+        """Mixed precision; None: what the launcher says."""
+        return "no"
+
+    @property
+    def sharded(self) -> bool:
+        """Whether every process writes its part of a checkpoint."""
+        return False
 
     @property
     def only_preflight(self) -> bool:
         """Whether this start examines the run instead of training."""
-        return self.preflight in ("full", "lr")
+        return False
 
     def conditions(self) -> Iterator[tuple[bool, str, str]]:
         """Yield, for each rule, whether it holds, the setting, and what it must be."""
@@ -81,13 +83,56 @@ class RunSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(RunSettings):
-    """Optimisation with the sharded loop."""
+class ScheduleSettings(RunSettings):
+    """How long a run trains, at which learning rate, and how often it is evaluated."""
 
     num_train_epochs: int = 10
     """Passes over the training split."""
     max_train_steps: int | None = None
     """Optimizer steps after which training ends, if that is sooner."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    lr_scheduler: Literal["constant", "step", "linear", "cosine", "one_cycle", "plateau"] = "constant"
+    """Shape of the learning rate over the optimizer steps."""
+    warmup_steps: int = 0
+    """Optimizer steps of rising rate at the start."""
+    lr_step_size: int = 1000
+    """step: optimizer steps between two reductions."""
+    lr_gamma: float = 0.5
+    """step, plateau: factor of one reduction."""
+    lr_patience: int = 10
+    """plateau: evaluations without improvement before a reduction."""
+    max_grad_norm: float = 1.0
+    """Clip gradients to this global norm; 0 switches clipping off."""
+    eval_every: str = "1 epoch"
+    """'500' optimizer steps or '2 epochs' between two evaluations. The end of the run is evaluated besides."""
+
+    neutral: ClassVar[frozenset[str]] = RunSettings.neutral | frozenset(["num_train_epochs", "max_train_steps"])
+
+    def conditions(self) -> Iterator[tuple[bool, str, str]]:
+        """Yield, for each rule, whether it holds, the setting, and what it must be."""
+        yield from super().conditions()
+        for name in ("num_train_epochs", "lr_step_size", "max_train_steps"):
+            value = getattr(self, name)
+            yield value is None or value >= 1, name, "1 or more"
+        for name in ("warmup_steps", "lr_patience", "max_grad_norm"):
+            yield 0 <= getattr(self, name) < float("inf"), name, "0 or more and finite"
+        yield 0 < self.learning_rate < float("inf"), "learning_rate", "above 0 and finite"
+        yield 0 < self.lr_gamma <= 1, "lr_gamma", "above 0 and at most 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(ScheduleSettings):
+    """Optimisation with the sharded loop."""
+
+    mixed_precision: Literal["no", "bf16", "fp16", "fp8"] | None = None
+    """Default: what the launcher says."""
+    checkpoint_format: Literal["whole", "sharded"] = "whole"
+    """whole: rank 0 writes one file each for model and optimizer. sharded: every process writes its part, for large
+    states on a file system that all share. Either resumes on any number of processes."""
+    preflight: Literal["quick", "full", "lr", "off"] = "quick"
+    """--preflight, or full: check everything before a run, write preflight.md, and leave with 0, or with 3 if a check
+    fails. quick: a few seconds of checks at a fresh start, which only warn. lr: try learning rates, draw the curve."""
     batch_size: int = 64
     """Samples per optimizer step over all processes."""
     micro_batch_size: int | None = None
@@ -101,26 +146,10 @@ class TrainSettings(RunSettings):
     same bits; slots must be a power of two."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """sgd is with Nesterov momentum 0.9."""
-    learning_rate: float = 1e-3
-    """Peak learning rate."""
     weight_decay: float = 0.0
     """Weight decay (decoupled for adamw)."""
-    lr_scheduler: Literal["constant", "step", "linear", "cosine", "one_cycle", "plateau"] = "constant"
-    """Shape of the learning rate over the optimizer steps."""
-    warmup_steps: int = 0
-    """Optimizer steps of rising rate at the start."""
-    lr_step_size: int = 1000
-    """step: optimizer steps between two reductions."""
-    lr_gamma: float = 0.5
-    """step, plateau: factor of one reduction."""
-    lr_patience: int = 10
-    """plateau: evaluations without improvement before a reduction."""
-    max_grad_norm: float = 1.0
-    """Clip gradients to this global norm; 0 switches clipping off."""
     ema_decay: float = 0.0
     """Decay of the running average of the weights; 0 switches it off."""
-    eval_every: str = "1 epoch"
-    """'500' optimizer steps or '2 epochs' between two evaluations. The end of the run is evaluated besides."""
     best_metric: str = "val/accuracy"
     """Evaluation metric that decides which checkpoint is best and when training stops early."""
     best_mode: Literal["max", "min"] = "max"
@@ -136,21 +165,33 @@ class TrainSettings(RunSettings):
     compile: bool = False
     """Compile the model with torch.compile."""
 
-    neutral: ClassVar[frozenset[str]] = RunSettings.neutral | frozenset(
-        ["num_train_epochs", "max_train_steps", "micro_batch_size", "slots", "num_workers"]
+    neutral: ClassVar[frozenset[str]] = ScheduleSettings.neutral | frozenset(
+        ["checkpoint_format", "preflight", "micro_batch_size", "slots", "num_workers"]
     )
+
+    @property
+    def precision(self) -> str | None:
+        """Mixed precision; None: what the launcher says."""
+        return self.mixed_precision
+
+    @property
+    def sharded(self) -> bool:
+        """Whether every process writes its part of a checkpoint."""
+        return self.checkpoint_format == "sharded"
+
+    @property
+    def only_preflight(self) -> bool:
+        """Whether this start examines the run instead of training."""
+        return self.preflight in ("full", "lr")
 
     def conditions(self) -> Iterator[tuple[bool, str, str]]:
         """Yield, for each rule, whether it holds, the setting, and what it must be."""
         yield from super().conditions()
-        for name in ("num_train_epochs", "batch_size", "lr_step_size", "max_train_steps", "micro_batch_size", "slots"):
+        for name in ("batch_size", "micro_batch_size", "slots"):
             value = getattr(self, name)
             yield value is None or value >= 1, name, "1 or more"
-        counts = ("warmup_steps", "lr_patience", "early_stopping_patience", "num_workers")
-        for name in (*counts, "weight_decay", "max_grad_norm", "early_stopping_min_delta"):
+        for name in ("early_stopping_patience", "num_workers", "weight_decay", "early_stopping_min_delta"):
             yield 0 <= getattr(self, name) < float("inf"), name, "0 or more and finite"
-        yield 0 < self.learning_rate < float("inf"), "learning_rate", "above 0 and finite"
-        yield 0 < self.lr_gamma <= 1, "lr_gamma", "above 0 and at most 1"
         yield 0 <= self.ema_decay < 1, "ema_decay", "0 or more and below 1"
 
 

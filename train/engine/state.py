@@ -75,6 +75,7 @@ class RunState:
     scaler: Any = None  # torch.amp.GradScaler with fp16
     ema: Tensors | None = None  # running average of the weights, by clean name
     window: torch.Tensor | None = None  # sums of the training metrics since the last log line, of this process
+    carried: Tensors | None = None  # what else passes from one step to the next, such as the state of an LSTM
 
 
 def capture(state: RunState, runtime: Runtime) -> tuple[dict[str, Tensors], dict[str, Any]]:
@@ -87,6 +88,8 @@ def capture(state: RunState, runtime: Runtime) -> tuple[dict[str, Tensors], dict
     files = {"model": model_tensors, "optimizer": optimizer_tensors}
     if state.ema is not None:
         files["ema"] = state.ema
+    if state.carried is not None:
+        files["carried"] = state.carried
     files["rng"] = {
         f"process_{rank:05d}/{name}": value
         for name, mine in capture_rng(runtime.device).items()
@@ -120,6 +123,8 @@ def restore(
     if state.ema is not None:
         for name, tensor in state.ema.items():
             copy_into(tensor, files.get("ema", files["model"])[name])
+    if "carried" in files:
+        state.carried = {name: value.to(runtime.device) for name, value in files["carried"].items()}
     state.progress = progress_from_json(record["progress"])
     if state.scaler is not None and record["scaler"] is not None:
         state.scaler.load_state_dict(record["scaler"])

@@ -34,7 +34,7 @@ def carry_out(subject: Subject, tracker: Tracker, test: Score | None) -> int:
         settings, runtime, session, state, subject.loader, subject.measure, subject.evaluate, tracker, subject.data
     )
     request = loop.train()
-    finish(settings, runtime, session, state, tracker, test)
+    finish(runtime, session, state, tracker, test, settings.best_metric)
     runtime.close()
     if request is Request.STOP:
         print(f"saved at step {state.progress.step}; run the same command again to go on")

@@ -45,9 +45,11 @@ def verify_resume(settings: RunSettings, script: str) -> int:
         "keep_checkpoints": STEPS,
         "tracker": "none",
         "dry_run": False,
-        "preflight": "off",
         "verify_resume": False,
+        "log_every": 1,
     }
+    if hasattr(settings, "preflight"):
+        changed["preflight"] = "off"
     recipe = folder / f"recipe_{rank}.yaml"
     recipe.write_text(settings_to_yaml(dataclasses.replace(settings, **changed)), encoding="utf-8")
     try:
@@ -98,17 +100,18 @@ def _compare(folder: Path) -> int:
 
 def _be_killed(kill_after: int, script: str, arguments: list[str]) -> None:
     """Run a script in this process, which kills itself after a step."""
-    from train.engine.loop import Loop
+    from train.engine.preemption import Preemption
+    from train.engine.saver import Saver
 
     if kill_after:
-        go_on = Loop._between_steps
+        go_on = Saver.watch
 
-        def between_steps(loop: Loop, *details: object) -> None:
-            if loop.state.progress.step == kill_after:
+        def watch(saver: Saver, preemption: Preemption) -> None:
+            if saver.state.progress.step == kill_after:
                 os.kill(os.getpid(), signal.SIGKILL)
-            go_on(loop, *details)  # type: ignore[arg-type]
+            go_on(saver, preemption)
 
-        Loop._between_steps = between_steps  # type: ignore[method-assign, assignment]
+        Saver.watch = watch  # type: ignore[method-assign, assignment]
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 

@@ -37,15 +37,14 @@ class EagerEngine:
             loss.backward()
             state = state[0].detach(), state[1].detach()  # carried on, but no gradient flows back through it
 
-            norm = float(nn.utils.get_total_norm([parameter.grad for parameter in self._parameters]))
-            if not math.isfinite(norm + float(loss.detach())):
+            norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+            if not math.isfinite(loss.item() + norm.item()):
                 raise DivergedError(update)
-            clipped = 0 < course.max_grad_norm < norm
-            if clipped:
-                nn.utils.clip_grads_with_norm_(self._parameters, course.max_grad_norm, torch.tensor(norm))
+            if course.max_grad_norm > 0:
+                nn.utils.clip_grads_with_norm_(self._parameters, course.max_grad_norm, norm)
             optimizer.param_groups[0]["lr"] = rates[update]
             optimizer.step()
-            samples = now.stop - now.start
-            sums += torch.tensor([float(loss.detach()) * samples, samples, norm, clipped, 1], dtype=torch.float64)
+            samples, clipped = now.stop - now.start, 0 < course.max_grad_norm < norm.item()
+            sums += torch.tensor([loss.item() * samples, samples, norm.item(), clipped, 1], dtype=torch.float64)
         assert state is not None
         return state

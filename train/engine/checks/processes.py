@@ -13,10 +13,9 @@ import torch
 
 from train.engine.checks.finding import Finding, Status, judge
 from train.engine.checks.subject import Subject
+from train.engine.launched import TASK_COUNTS, accelerate_meant_several
 from train.engine.runtime import Runtime
 
-# What `srun` and `mpirun` tell each of the tasks that they start: how many there are.
-TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 IDLE_CORES = 8  # of a machine with fewer, nobody misses some
 AUTOCAST = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 # Names in torch.cpu.get_capabilities() by processor architecture (torch 2.13).
@@ -107,9 +106,7 @@ def _find_launch_problems(num_processes: int, environment: Mapping[str, str]) ->
                     f"--nproc-per-node N --master-addr HEAD --master-port PORT {script}'",
                 )
             ]
-    # `accelerate launch --num_processes 2` on CPUs starts one process, and leaves an address behind (accelerate 1.15).
-    meant_several = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
-    if num_processes == 1 and meant_several and "WORLD_SIZE" not in environment:
+    if num_processes == 1 and accelerate_meant_several(environment):
         return [
             _Problem(
                 "fail",
