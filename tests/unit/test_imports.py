@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("engine", "script", "models", "data_modules", "launch")
+PARTS = ("engine", "stateful", "script", "models", "data_modules", "launch")
 ALLOWED = {
-    "script": {"engine", "models", "data_modules"},
+    "script": {"engine", "stateful", "models", "data_modules"},
+    "stateful": {"stateful", "engine", "models"},
     "engine": {"engine"},
     "models": {"models"},
     "data_modules": {"data_modules"},
@@ -20,7 +21,7 @@ def part_of(module):
     """Return which part of the house a dotted module name belongs to, None for libraries."""
     top, *rest = module.split(".")
     if top == "train":
-        return "engine" if rest[:1] == ["engine"] else "script"
+        return rest[0] if rest[:1] in (["engine"], ["stateful"]) else "script"
     return top if top in ALLOWED else None
 
 
@@ -73,6 +74,7 @@ def test_the_checker_sees_all_parts_of_the_house():
 
 FILES = {
     "engine": "train/engine/loop.py",
+    "stateful": "train/stateful/loop.py",
     "script": "train/classify.py",
     "models": "models/cnn.py",
     "data_modules": "data_modules/images.py",
@@ -80,6 +82,7 @@ FILES = {
 }
 TARGETS = {
     "engine": "train.engine.cli",
+    "stateful": "train.stateful.eager",
     "script": "train.reconstruct",
     "models": "models.mlp",
     "data_modules": "data_modules.sampler",
