@@ -166,9 +166,11 @@ def main(settings: StatefulSettings) -> int:
         data=described,
     )
     request = loop.train()
-    if session.run is not None:
-        report.write_history(session.run)
-    sessions.finish(runtime, session, state, tracker, score_test if "test" in data else None, "val/loss")
+    epochs = [] if session.run is None else report.write_history(session.run)
+    results = sessions.finish(runtime, session, state, tracker, score_test if "test" in data else None, "val/loss")
+    if results and epochs:
+        loss = epochs[-1]["loss"]
+        runtime.say(f"training loss of the last epoch {loss:.4f}, flattered: the weights followed the samples")
     runtime.close()
     if request is Request.STOP:
         print(f"saved at update {state.progress.step}; run the same command again to go on")

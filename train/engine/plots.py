@@ -19,11 +19,14 @@ def draw_curves(metrics: Path, target: Path, title: str) -> None:
 
     lines = read_metrics(metrics)
     names = {name for line in lines for name in line if name.startswith(("train/", "val/"))}
-    extra = {"train/learning_rate", "train/grad_norm", "train/clip_rate", "train/skipped_steps"}
+    extra = {f"train/{name}" for name in ("learning_rate", "grad_norm", "clip_rate", "skipped_steps", "epoch_loss")}
     quantities = sorted(
         {name.split("/")[1].removeprefix("ema_") for name in names - extra}, key=lambda q: (q != "loss", q)
     )
-    panels = [(quantity, [f"train/{quantity}", f"val/{quantity}", f"val/ema_{quantity}"]) for quantity in quantities]
+    panels = []
+    for quantity in quantities:
+        parts = sorted(name for name in names if name.startswith(f"val/{quantity}/"))  # of groups of samples
+        panels.append((quantity, [f"train/{quantity}", f"val/{quantity}", f"val/ema_{quantity}", *parts]))
     panels.append(("learning rate", ["train/learning_rate"]))
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
     FigureCanvasAgg(figure)

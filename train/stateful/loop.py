@@ -30,6 +30,7 @@ from train.stateful.contract import SUMS, Course, DivergedError, Engine
 
 # A tanh beyond this, or the argument of one, hardly passes a gradient on: its slope is below a tenth.
 SATURATED = 0.95
+SILENCE_SECONDS = 30  # after which a line of metrics is printed, too
 
 
 @dataclass
@@ -65,7 +66,7 @@ class StatefulLoop:
             zeros = torch.zeros(1, 1, self.course.model.lstm.hidden_size, device=self.runtime.device)
             epoch = torch.zeros(SUMS, dtype=torch.float64)  # sums of this epoch up to the last line of metrics
             self.state.carried = {"hidden": zeros, "cell": zeros.clone(), "epoch": epoch}
-        self.window_start = time.perf_counter()
+        self.window_start = self.said = time.perf_counter()
 
     def train(self) -> Request:
         """Train; return NOTHING when the run is finished, STOP when it was stopped and saved.
@@ -205,10 +206,13 @@ class StatefulLoop:
         return values, improved
 
     def _say(self, values: dict[str, float], bar: Any) -> None:
-        """Print a line at the end of each epoch, and where there is an evaluation."""
-        if "train/epoch_loss" not in values and "val/loss" not in values:
+        """Print a line at the end of each epoch, where there is an evaluation, and when there was none for long."""
+        now = time.perf_counter()
+        if not {"train/epoch_loss", "val/loss"} & values.keys() and now - self.said < SILENCE_SECONDS:
             return
-        shown = [f"{name} {values[name]:.4f}" for name in ("train/epoch_loss", "val/loss") if name in values]
+        self.said = now
+        names = ("train/loss", "train/epoch_loss", "val/loss")
+        shown = [f"{name} {values[name]:.4f}" for name in names if name in values]
         bar.write(
             f"epoch {values['epoch']:.2f}/{self.settings.num_train_epochs}  {'  '.join(shown)}  "
             f"{values['perf/samples_per_second']:,.0f} samples/s  {values['perf/memory_mb']:.0f} MB"

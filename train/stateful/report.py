@@ -30,11 +30,11 @@ def predict(model: FrequencyLSTM, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def score(answers: torch.Tensor, targets: torch.Tensor, groups: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Return the mean squared error of answers [N, 1], as "loss", and of each group, as "loss_NAME"."""
+    """Return the mean squared error of answers [N, 1], as "loss", and of each group, as "loss/NAME"."""
     errors = (answers.double() - targets.double()).square().squeeze(1)
     values = {"loss": float(errors.mean())}
     for name, members in groups.items():
-        values["loss_" + name.replace(" ", "_")] = float(errors[members].mean())
+        values["loss/" + name.replace(" ", "_")] = float(errors[members].mean())
     return values
 
 
@@ -58,15 +58,15 @@ def draw_answers(
         shown = members[begin : begin + SHOWN]
         axes.plot(shown, targets[shown, 0], label="target", linewidth=2.2, color="tab:gray")
         axes.plot(shown, answers[shown, 0], label="answer, weights frozen", linewidth=1.0, color="tab:red")
-        axes.set_title(f"{name}: mean squared error {values['loss_' + name.replace(' ', '_')]:.4f}", fontsize=10)
+        axes.set_title(f"{name}: mean squared error {values['loss/' + name.replace(' ', '_')]:.4f}", fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="upper right")
     axes.set_xlabel("sample")
     figure.savefig(path, dpi=100)
 
 
-def write_history(run: RunDirectory) -> None:
-    """Write training_history.json: loss and seconds of each finished epoch, from metrics.jsonl."""
+def write_history(run: RunDirectory) -> list[dict[str, float]]:
+    """Write training_history.json: loss and seconds of each finished epoch, from metrics.jsonl; return the epochs."""
     epochs = []
     seconds_before = 0.0
     for line in read_metrics(run.metrics):
@@ -79,3 +79,4 @@ def write_history(run: RunDirectory) -> None:
                 entry["val_loss"] = line["val/loss"]
             epochs.append(entry)
     storage.replace_file(run.path / "training_history.json", json.dumps({"epochs": epochs}, indent=1) + "\n")
+    return epochs
