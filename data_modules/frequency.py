@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ SECONDS = 10
 AMPLITUDES = (0.8, 1.2)  # of each sinusoid at each sample, uniform
 PHASE_NOISE = 0.02 * 2 * np.pi  # radians to either side, uniform
 NOISE_SEEDS = {"train": 1, "validation": 2, "test": 3}
+# What numpy (2.4) raises at a damaged file: it parses the header as Python.
+DAMAGED = (ValueError, EOFError, SyntaxError, TokenError)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def load_sequence(path: str | Path) -> Sequence:
 def _read_npy(path: Path) -> np.ndarray:
     try:
         rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (*DAMAGED, OSError, MemoryError) as error:
         raise DataError(f"{path}: cannot be read as an array of numbers ({error})") from error
     if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "fiu":
         kind = rows.dtype if isinstance(rows, np.ndarray) else type(rows).__name__

@@ -65,3 +65,9 @@ def classify(tmp_path):
 def reconstruct(tmp_path):
     """A folder in which to run train/reconstruct.py."""
     return Runs(tmp_path, "reconstruct")
+
+
+@pytest.fixture
+def stateful(tmp_path):
+    """A folder in which to run train/stateful_lstm.py."""
+    return Runs(tmp_path, "stateful_lstm")

@@ -33,6 +33,32 @@ def signal_after(rank, step, number, victim=0):
     Loop.step = one_step
 
 
+def signal_stateful(rank, update, number):
+    """Send a signal, which may be SIGKILL, to a stateful run right after an update, before it is logged or saved."""
+    from train.stateful.loop import StatefulLoop
+
+    until_due, inner = StatefulLoop._updates_until_due, StatefulLoop._advance
+
+    def updates_until_due(self):
+        left = update - self.state.progress.step
+        return min(until_due(self), left) if left > 0 else until_due(self)
+
+    def advance(self):
+        inner(self)
+        if self.state.progress.step == update:
+            os.kill(os.getpid(), number)
+
+    StatefulLoop._updates_until_due, StatefulLoop._advance = updates_until_due, advance
+
+
+def draw_nothing(rank):
+    """Leave out the pictures at the end of a run, which take a second."""
+    from train.engine import session
+    from train.stateful import report
+
+    session.draw_curves = report.draw_answers = lambda *_: None
+
+
 def poison_loss(rank, step, value, count):
     """Make the loss NaN or infinite at `count` steps from `step` on; on the last rank only, if there are several."""
     from train.engine.loop import Loop

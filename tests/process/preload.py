@@ -1,6 +1,8 @@
 """Imported once by the server that ranks are forked from; importing it must start no thread and compute nothing."""
 # ruff: noqa: F401
 
+import contextlib
+
 import accelerate
 import matplotlib.backends.backend_agg
 import matplotlib.figure
@@ -13,11 +15,13 @@ import torch
 import torch._dynamo
 import torch.distributed.tensor
 
+import data_modules.frequency
 import data_modules.load
 import data_modules.look
 import data_modules.training_loader
 import models.autoencoder
 import models.cnn
+import models.frequency_lstm
 import models.losses
 import models.lstm
 import models.mlp
@@ -25,3 +29,10 @@ import train.classify
 import train.engine.gallery
 import train.engine.loop
 import train.reconstruct
+import train.stateful.choice
+import train.stateful.loop
+import train.stateful.report
+import train.stateful_lstm
+
+with contextlib.suppress(ImportError):  # only one of the engines needs it
+    import numba

@@ -13,7 +13,9 @@ from train.stateful.contract import SUMS, Course, Engine
 from train.stateful.eager import EagerEngine
 
 TRIAL_UPDATES = 8
-TOLERANCE = 1e-4  # of the largest weight of each tensor, after the trial; the engines differ by about 1e-6
+# Samples of an update in the trial, at most: over hundreds of them rounding alone grows to some percent.
+TRIAL_WINDOW = 8
+TOLERANCE = 1e-3  # of the largest value of each tensor; the engines were at most 4e-5 apart, for 100 seeds and windows
 
 Build = Callable[[Course], Engine]
 
@@ -64,14 +66,16 @@ def _import_fast(device: torch.device) -> tuple[Build, str]:
 
 def _compare(build: Build, course: Course) -> float:
     """Return how far an engine is from the reference: the largest distance relative to each tensor's largest value."""
-    stop = min(TRIAL_UPDATES * course.window, len(course.inputs))
-    rates = [1e-3] * -(-stop // course.window)
+    window = min(course.window, TRIAL_WINDOW)
+    stop = min(TRIAL_UPDATES * window, len(course.inputs))
+    rates = [1e-3] * -(-stop // window)
     results: list[list[torch.Tensor]] = []
     for engine in (build, EagerEngine):
         model = copy.deepcopy(course.model)
         optimizer = torch.optim.Adam(model.parameters(), fused=True)
-        trial = Course(model, optimizer, course.inputs, course.targets, course.window, course.max_grad_norm)
+        trial = Course(model, optimizer, course.inputs, course.targets, window, course.max_grad_norm)
         sums = torch.zeros(SUMS, dtype=torch.float64)
         state = engine(trial).advance(0, stop, None, rates, sums)
         results.append([*(parameter.detach() for parameter in model.parameters()), *state, sums])
-    return max(float((one - other).abs().max() / other.abs().max()) for one, other in zip(*results))
+    distances = [((one - other).abs().max() / other.abs().max()).double().cpu() for one, other in zip(*results)]
+    return float(torch.stack(distances).max())  # NaN where one is NaN, which Python's max would pass over

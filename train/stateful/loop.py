@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from models.frequency_lstm import State
-from train.engine.errors import TrainingError
+from train.engine.errors import TrainingError, UsageError
 from train.engine.preemption import Preemption, Request
 from train.engine.runtime import Runtime
 from train.engine.saver import Saver
@@ -51,6 +51,12 @@ class StatefulLoop:
         settings = self.settings
         self.saver = Saver(settings, self.runtime, self.session, self.state, self.tracker, self.data)
         self.num_samples = len(self.course.inputs)
+        sample = self.state.progress.sample
+        if sample >= self.num_samples or sample % self.course.window:
+            raise UsageError(
+                f"the checkpoint is at sample {sample} of an epoch, where no update begins with {self.num_samples} "
+                f"samples and --window {self.course.window}: choose another --run_name"
+            )
         self.steps_per_epoch = -(-self.num_samples // self.course.window)
         self.total_steps = settings.num_train_epochs * self.steps_per_epoch
         if settings.max_train_steps is not None:
