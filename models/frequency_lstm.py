@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 State = tuple[torch.Tensor, torch.Tensor]  # hidden h and cell c, each [1, B, H]
+FORGET_BIAS = 3.0  # keeps 95 % of a memory from sample to sample
 
 
 class FrequencyLSTM(nn.Module):
@@ -15,6 +16,11 @@ class FrequencyLSTM(nn.Module):
         super().__init__()
         self.lstm = nn.LSTM(num_inputs, hidden_size, batch_first=True)
         self.head = nn.Linear(hidden_size, 1)
+        # Forget gates start open: at torch's sigmoid(0) a memory is halved at every sample, and a gradient cannot find
+        # out what happened a period of hundreds of samples ago. docs/stateful_lstm.md has figures.
+        with torch.no_grad():
+            self.lstm.get_parameter("bias_ih_l0")[hidden_size : 2 * hidden_size].fill_(FORGET_BIAS)
+            self.lstm.get_parameter("bias_hh_l0")[hidden_size : 2 * hidden_size].zero_()
 
     def forward(self, x_BTF: torch.Tensor, state: State | None) -> tuple[torch.Tensor, State]:
         """Return the answers [B, T, 1] and the state after the last time step.

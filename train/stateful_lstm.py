@@ -173,7 +173,7 @@ def main(settings: StatefulSettings) -> int:
     results = sessions.finish(runtime, session, state, tracker, score_test if "test" in data else None, "val/loss")
     if results and epochs:
         loss = epochs[-1]["loss"]
-        runtime.say(f"training loss of the last epoch {loss:.4f}, flattered: the weights followed the samples")
+        runtime.say(f"for comparison, training loss of the last epoch {loss:.4f}: measured while the weights followed the samples")
     runtime.close()
     if request is Request.STOP:
         print(f"saved at update {state.progress.step}; run the same command again to go on")
