@@ -14,8 +14,19 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from train.engine.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, TrainingError, UsageError
+from train.engine.errors import (
+    EXIT_DONE,
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_PREFLIGHT,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    LostProcessError,
+    TrainingError,
+    UsageError,
+)
 from train.engine.settings import RunSettings, check_settings
+from train.engine.signals import StoppedEarlyError, leave_on_signals
 from train.engine.verify import verify_resume
 
 Settings = TypeVar("Settings", bound=RunSettings)
@@ -116,6 +127,7 @@ def run_script(
     A UsageError, or the script's own `bad_input`, becomes one message and exit code 2; a TrainingError one message and
     exit code 1.
     """
+    leave_on_signals()
     try:
         settings = parse_settings(kind, sys.argv[1:], description)
         code = verify_resume(settings, sys.argv[0]) if settings.verify_resume else main(settings)
@@ -125,9 +137,17 @@ def run_script(
     except bad_input as error:
         code = EXIT_USAGE
         _print_error(f"error: {error}")
+    except LostProcessError as error:
+        code = EXIT_ERROR
+        print(f"error: {error}", file=sys.stderr, flush=True)
     except TrainingError as error:
         code = EXIT_ERROR
         _print_error(f"error: {error}")
+    except SystemExit as error:  # of the parser
+        code = error.code if isinstance(error.code, int) else EXIT_ERROR
+    except StoppedEarlyError as error:
+        code = EXIT_STOPPED
+        _print_error(f"stopped by {error} outside training: there was nothing to save; run the same command again")
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
         _print_error("interrupted: nothing was saved at this point; checkpoints already there are intact")
@@ -137,7 +157,19 @@ def run_script(
     except Exception:  # a defect: not swallowed but shown whole, so that every way out passes through sys.exit below
         code = EXIT_ERROR
         traceback.print_exc()
-    sys.exit(code)
+    sys.exit(_hand_over(code))
+
+
+def _hand_over(code: int) -> int:
+    """Leave the exit code where launch/start.py looks for it, and return what its torchrun should see.
+
+    torchrun takes every code but 0 for a crash: it would end or restart the workers that still save.
+    """
+    folder = os.environ.get("EXACT_TRAINING_EXIT_CODES")
+    if folder is None or code not in (EXIT_USAGE, EXIT_PREFLIGHT, EXIT_STOPPED):
+        return code
+    Path(folder, os.environ.get("RANK", "0")).write_text(str(code), encoding="utf-8")
+    return EXIT_DONE
 
 
 def _print_error(text: str) -> None:

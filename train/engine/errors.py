@@ -20,3 +20,7 @@ class UsageError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on; what was saved is intact. Ends a script with exit code 1 and no traceback."""
+
+
+class LostProcessError(TrainingError):
+    """Other processes crashed, hang or cannot be reached. Every process that notices says so."""

@@ -31,6 +31,10 @@ def build_score(
     return score
 
 
+class EvaluationStoppedError(Exception):
+    """All processes agreed to stop in the midst of an evaluation."""
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -43,6 +47,9 @@ def evaluate(
 
     Sums are exact in float64 and reduced once at the end; means of batch means would be wrong for the last batch.
     `watch` is told what was measured of each slot.
+
+    Raises:
+        EvaluationStoppedError: on all processes, if one of them was asked to stop.
     """
     was_training = model.training
     model.eval()
@@ -50,6 +57,8 @@ def evaluate(
     names: list[str] = []
     try:
         for slot in slots:
+            if runtime.asked_to_stop():
+                raise EvaluationStoppedError
             values = measure(model, slot.batch)
             watch(slot, values)
             names = list(values)

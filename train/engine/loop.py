@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from train.engine.averaging import averaged_weights, update_average
 from train.engine.contract import GlobalBatch, Loader, Measure, Score, Slot
-from train.engine.evaluation import add_up
+from train.engine.evaluation import EvaluationStoppedError, add_up
 from train.engine.guard import Guard
+from train.engine.heartbeat import Heartbeat
 from train.engine.preemption import Preemption, Request
 from train.engine.randomness import derive_seed, seed_torch
 from train.engine.reduction import ExactReduction, share_buffers
@@ -70,6 +71,7 @@ class Loop:
         self.on_cpu = self.runtime.device.type == "cpu"
         self.live = named_tensors(self.state.model)[0]
         self.guard = Guard(skip=settings.on_nonfinite == "skip", fp16=self.state.scaler is not None)
+        self.heartbeat = Heartbeat()
         self.window_start = time.perf_counter()
         self.window_samples = 0
         self.metric_names: list[str] = []
@@ -85,11 +87,14 @@ class Loop:
         """
         progress = self.state.progress
         stopped_early = progress.early_stopping.exhausted(self.settings.early_stopping_patience)
-        progress.finished = progress.step >= self.total_steps or stopped_early
+        progress.finished = progress.unlogged is None and (progress.step >= self.total_steps or stopped_early)
         self.state.model.train()
         first = True
         with Preemption(self.runtime.control) as preemption, self._progress_bar() as bar:
+            self.runtime.asked_to_stop = lambda: preemption.agree() >= Request.STOP
             request = Request.NOTHING
+            if progress.unlogged is not None:
+                request = self._between_steps(request, preemption, bar)
             while not progress.finished and request is not Request.STOP:
                 for batch in self.loader.batches(progress.epoch, progress.sample):
                     if first:
@@ -98,10 +103,12 @@ class Loop:
                     if first:
                         self.saver.reserve()
                         first = False
+                    self.heartbeat.beat(progress.step)
                     request = preemption.agree()
-                    self._between_steps(request, preemption, bar)
+                    request = self._between_steps(request, preemption, bar)
                     if progress.finished or request is Request.STOP:
                         break
+            self.runtime.asked_to_stop = lambda: False
             preemption.settle()
             self.runtime.on_main(self.saver.wait)
             if request is Request.STOP:
@@ -221,36 +228,52 @@ class Loop:
 
     # ---- between two steps -------------------------------------------------------------------------------------------
 
-    def _between_steps(self, request: Request, preemption: Preemption, bar: Any) -> None:
-        """Do what is due at this step: log, evaluate, save, in this order."""
+    def _between_steps(self, request: Request, preemption: Preemption, bar: Any) -> Request:
+        """Do what is due at this step: log, evaluate, save, in this order. Return what the processes agreed on.
+
+        An evaluation that a stop signal interrupts is repeated by the next start, before its first step. The checkpoint
+        of that step is there already then, with the same weights, and stays.
+        """
         progress, settings = self.state.progress, self.settings
         if request is Request.ABORT:
             self.runtime.on_main(self.saver.wait)
-        progress.finished = progress.step >= self.total_steps
-        evaluate = progress.finished or self._due(self.eval_every.in_steps(self.steps_per_epoch))
+        last = progress.step >= self.total_steps
+        evaluate = last or self._due(self.eval_every.in_steps(self.steps_per_epoch))
         log = evaluate or progress.step % settings.log_every == 0
         values: dict[str, float] = {}
+        repeated = progress.unlogged is not None
         if log:
             self._look_at_norms()
-            values |= self._training_values()
+            values = progress.unlogged or self._training_values()
             shown = {"loss": f"{values['train/loss']:.4f}", "lr": f"{values['train/learning_rate']:.2e}"}
             bar.set_postfix(shown, refresh=False)
         improved = False
         if evaluate:
-            evaluation, improved = self._evaluate()
+            try:
+                evaluation, improved = self._evaluate()
+            except EvaluationStoppedError:
+                self.runtime.say(f"the evaluation of step {progress.step} was interrupted; the next start repeats it")
+                progress.unlogged = values
+                if not repeated:
+                    self.saver.save()
+                return Request.STOP
+            progress.unlogged = None
             values |= evaluation
+        progress.finished = progress.finished or last
         bar.update(progress.step - bar.n)
         if log:
             self.tracker.log(progress.step, values)
         if evaluate:
             self._say_evaluation(values, bar)
-        stop = request in (Request.STOP, Request.SAVE)
-        if stop or improved or progress.finished or self._due(self.checkpoint_every.in_steps(self.steps_per_epoch)):
+        due = self._due(self.checkpoint_every.in_steps(self.steps_per_epoch))
+        due = due or improved or progress.finished or request in (Request.STOP, Request.SAVE)
+        if due and not repeated:
             self._look_at_norms()
             self.saver.save()
         if log or evaluate:
             self.window_start, self.window_samples = time.perf_counter(), 0
         self.saver.watch(preemption)
+        return request
 
     def _due(self, every: int | None) -> bool:
         """Say whether an interval of so many steps ends here. Whole epochs end where the epoch does."""

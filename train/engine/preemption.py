@@ -1,7 +1,8 @@
 """Signals to a flag that all processes agree on, at no measurable cost.
 
-Ctrl-C, SIGTERM and SIGUSR1 only set a flag. Each step starts a one-number maximum over all processes and reads the
-result of the step before, which has long arrived: so all processes act at the same step.
+Ctrl-C, SIGTERM and SIGUSR1 only set a flag, and so does the file that EXACT_TRAINING_STOP_FILE names as soon as it is
+there. Each step starts a one-number maximum over all processes and reads the result of the step before, which has long
+arrived: so all processes act at the same step.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+from train.engine.signals import SIGNALS
 
 
 class Request(IntEnum):
@@ -38,6 +39,8 @@ class Preemption:
         self._received = 0.0
         self._control = control
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
+        leads = control is None or dist.get_rank() == 0  # the file may be on this machine only
+        self._stop_file = os.environ.get("EXACT_TRAINING_STOP_FILE") if leads else None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Preemption:
@@ -52,8 +55,10 @@ class Preemption:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        # The second Ctrl-C does not wait. Within a second it is the same one, from the terminal and from torchrun.
-        if number == signal.SIGINT and self.signal_name is not None and now - self._received > 1.0:
+        # Who signals a second time does not wait. Within a second it is the same signal, from the terminal and from
+        # torchrun; and SIGTERM after SIGUSR1 is a time limit that was warned of, which leaves some seconds to save.
+        warned = self.signal_name == "SIGUSR1" and number == signal.SIGTERM
+        if self.signal_name is not None and not warned and now - self._received > 1.0:
             raise KeyboardInterrupt
         self._received = now
         self.signal_name = signal.Signals(number).name
@@ -84,6 +89,8 @@ class Preemption:
             self._pending = None
 
     def _take(self) -> Request:
+        if self._stop_file is not None and self.signal_name is None and os.path.exists(self._stop_file):
+            self.signal_name, self.wish = f"the file {self._stop_file}", Request.STOP
         wish = self.wish
         if wish is Request.SAVE:
             self.wish = Request.NOTHING

@@ -18,6 +18,7 @@ from train.engine.randomness import seed_all, use_deterministic_algorithms
 from train.engine.settings import RunSettings
 
 Value = TypeVar("Value")
+PREPARATION_HOURS = 12
 
 
 @dataclass
@@ -26,6 +27,8 @@ class Runtime:
 
     accelerator: Accelerator
     control: dist.ProcessGroup | None  # gloo, for small messages between CPUs; None with one process
+    patient: dist.ProcessGroup | None  # the same, for preparing data, which may take one process hours
+    asked_to_stop: Callable[[], bool] = lambda: False  # the same on all processes, which must call it together
 
     @property
     def device(self) -> torch.device:
@@ -48,15 +51,15 @@ class Runtime:
         if self.is_main:
             print(text, flush=True)
 
-    def broadcast(self, value: Value) -> Value:
-        """Return rank 0's value on every process."""
+    def broadcast(self, value: Value, group: dist.ProcessGroup | None = None) -> Value:
+        """Return rank 0's value on every process, through `group` or the control group."""
         if self.control is None:
             return value
         box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
+        dist.broadcast_object_list(box, src=0, group=group or self.control)
         return box[0]
 
-    def on_main(self, work: Callable[[], Value]) -> Value:
+    def on_main(self, work: Callable[[], Value], group: dist.ProcessGroup | None = None) -> Value:
         """Run `work` on rank 0 and return its value everywhere.
 
         Raises:
@@ -68,7 +71,7 @@ class Runtime:
                 outcome = work()
             except (ValueError, TrainingError) as error:
                 outcome = error
-        outcome = self.broadcast(outcome)
+        outcome = self.broadcast(outcome, group)
         if isinstance(outcome, (ValueError, TrainingError)):
             raise outcome
         return outcome
@@ -80,7 +83,7 @@ class Runtime:
             ValueError: on every process, if rank 0 raised it.
         """
         mine: list[Value] = []
-        self.on_main(lambda: mine.append(work()))
+        self.on_main(lambda: mine.append(work()), self.patient)
         return mine[0] if self.is_main else work()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -107,7 +110,9 @@ class Runtime:
         return everyone
 
     def close(self) -> None:
-        """Leave the process group, so that no warning is printed at exit."""
+        """Leave the process group together: a launcher would take the first to leave for a failure of the others."""
+        if self.control is not None:
+            dist.barrier(self.control)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -118,6 +123,7 @@ def start_runtime(settings: RunSettings) -> Runtime:
     Raises:
         UsageError: the precision asked for is not to be had on this device.
     """
+    timeout = timedelta(seconds=settings.timeout_seconds)
     try:
         accelerator = Accelerator(
             mixed_precision=settings.precision,
@@ -126,7 +132,7 @@ def start_runtime(settings: RunSettings) -> Runtime:
             kwargs_handlers=[
                 # Buffers are kept equal by the loop, by a rule that does not depend on the number of processes.
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
+                InitProcessGroupKwargs(timeout=timeout),
             ],
         )
     except (ValueError, ImportError) as error:
@@ -151,5 +157,7 @@ def start_runtime(settings: RunSettings) -> Runtime:
         use_deterministic_algorithms()
     else:
         torch.backends.cudnn.benchmark = True
-    control = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-    return Runtime(accelerator, control)
+    if accelerator.num_processes == 1:
+        return Runtime(accelerator, None, None)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    return Runtime(accelerator, control, dist.new_group(backend="gloo", timeout=timedelta(hours=PREPARATION_HOURS)))

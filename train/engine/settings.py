@@ -60,6 +60,11 @@ class RunSettings:
         return "no"
 
     @property
+    def timeout_seconds(self) -> int:
+        """How long processes wait for each other."""
+        return 1800
+
+    @property
     def sharded(self) -> bool:
         """Whether every process writes its part of a checkpoint."""
         return False
@@ -164,15 +169,22 @@ class TrainSettings(ScheduleSettings):
     """Processes that load samples; 0 holds the decoded data in memory."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    collective_timeout_seconds: int = 1800
+    """How long processes wait for each other in training until they give one of them up for lost."""
 
     neutral: ClassVar[frozenset[str]] = ScheduleSettings.neutral | frozenset(
-        ["checkpoint_format", "preflight", "micro_batch_size", "slots", "num_workers"]
+        ["checkpoint_format", "preflight", "micro_batch_size", "slots", "num_workers", "collective_timeout_seconds"]
     )
 
     @property
     def precision(self) -> str | None:
         """Mixed precision; None: what the launcher says."""
         return self.mixed_precision
+
+    @property
+    def timeout_seconds(self) -> int:
+        """How long processes wait for each other."""
+        return self.collective_timeout_seconds
 
     @property
     def sharded(self) -> bool:
@@ -187,7 +199,7 @@ class TrainSettings(ScheduleSettings):
     def conditions(self) -> Iterator[tuple[bool, str, str]]:
         """Yield, for each rule, whether it holds, the setting, and what it must be."""
         yield from super().conditions()
-        for name in ("batch_size", "micro_batch_size", "slots"):
+        for name in ("batch_size", "micro_batch_size", "slots", "collective_timeout_seconds"):
             value = getattr(self, name)
             yield value is None or value >= 1, name, "1 or more"
         for name in ("early_stopping_patience", "num_workers", "weight_decay", "early_stopping_min_delta"):

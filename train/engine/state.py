@@ -40,6 +40,7 @@ class Progress:
     metrics_bytes: int = 0  # length of metrics.jsonl
     train_seconds: float = 0.0
     stream: dict[str, Any] | None = None  # where in a stream the current block of samples begins
+    unlogged: dict[str, float] | None = None  # training metrics of this step, if its evaluation was interrupted
     finished: bool = False
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     plateau: Plateau = field(default_factory=Plateau)

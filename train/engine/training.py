@@ -33,10 +33,12 @@ def carry_out(subject: Subject, tracker: Tracker, test: Score | None) -> int:
     loop = Loop(
         settings, runtime, session, state, subject.loader, subject.measure, subject.evaluate, tracker, subject.data
     )
-    request = loop.train()
-    finish(runtime, session, state, tracker, test, settings.best_metric)
+    with loop.heartbeat.explain_loss():
+        request = loop.train()
+        finish(runtime, session, state, tracker, test, settings.best_metric)
+    if request is Request.STOP:
+        runtime.say(f"saved at step {state.progress.step}; run the same command again to go on")
     runtime.close()
     if request is Request.STOP:
-        print(f"saved at step {state.progress.step}; run the same command again to go on")
         return EXIT_STOPPED
     return EXIT_DONE

@@ -1,0 +1,58 @@
+"""torchrun for the scripts of train/: python launch/start.py [options of torchrun] train/SCRIPT.py [--FLAG VALUE ...].
+
+torchrun alone dies of SIGUSR1, gives workers 30 seconds to save, calls a run that was stopped and saved a failure, and
+starts it again if it may (torch 2.13). This waits until they have saved, and ends as they did: with 0 done, 75 stopped
+and saved (run again to go on), 2 bad input, 3 preflight failed, or 1 and a line on who crashed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+EXIT_ERROR, EXIT_STOPPED = 1, 75
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
+SAVING_SECONDS = 3600  # the cluster's own grace period ends sooner
+
+
+def main(arguments: list[str]) -> int:
+    """Run the workers of this node to their end and return the exit code."""
+    signal.signal(signal.SIGUSR1, _leave)  # until torchrun listens; there is nothing to save yet
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_SECONDS))
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    failure = None
+    with tempfile.TemporaryDirectory(prefix="exit-codes-") as folder:
+        # Workers leave their exit code there and end with 0, unless they crash: so torchrun does not start them again.
+        os.environ["EXACT_TRAINING_EXIT_CODES"] = folder
+        try:
+            run(parse_args(["--signals-to-handle", ",".join(SIGNALS), *arguments]))
+        except ChildFailedError as error:
+            failure = EXIT_ERROR
+            for rank, worker in sorted(error.failures.items(), key=lambda item: item[1].timestamp):
+                how = f"exit code {worker.exitcode}"
+                if worker.exitcode < 0:
+                    how = signal.Signals(-worker.exitcode).name
+                print(f"rank {rank} on {os.uname().nodename}: {how} (process {worker.pid})", file=sys.stderr)
+        except SignalException as error:
+            failure = 128 + error.sigval
+        codes = [int(file.read_text()) for file in Path(folder).iterdir()]
+    if any(0 < code < EXIT_STOPPED for code in codes):  # bad input that one found explains why others failed
+        return min(code for code in codes if code)
+    stopped = EXIT_STOPPED in codes and failure != EXIT_ERROR
+    return EXIT_STOPPED if stopped else failure or 0
+
+
+def _leave(number: int, _: object) -> None:
+    print(f"{signal.Signals(number).name} before the start: nothing to save", file=sys.stderr)
+    sys.exit(EXIT_STOPPED)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
