@@ -22,6 +22,8 @@ def main(arguments: list[str]) -> int:
     """Run the workers of this node to their end and return the exit code."""
     signal.signal(signal.SIGUSR1, _leave)  # until torchrun listens; there is nothing to save yet
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_SECONDS))
+    # A store of its own for each attempt: in a shared one restarted gloo processes find addresses of dead ones.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -42,6 +44,8 @@ def main(arguments: list[str]) -> int:
                 print(f"rank {rank} on {os.uname().nodename}: {how} (process {worker.pid})", file=sys.stderr)
         except SignalException as error:
             failure = 128 + error.sigval
+        for name in SIGNALS:  # what is left takes an instant
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
         codes = [int(file.read_text()) for file in Path(folder).iterdir()]
     if any(0 < code < EXIT_STOPPED for code in codes):  # bad input that one found explains why others failed
         return min(code for code in codes if code)

@@ -171,3 +171,90 @@ def set_attribute(rank, module, name, value):
 
     assert hasattr(importlib.import_module(module), name)
     setattr(importlib.import_module(module), name, value)
+
+
+def touch_after(rank, step, path):
+    """Make a file right after an optimizer step, on rank 0."""
+    from train.engine.loop import Loop
+
+    inner = Loop.step
+
+    def one_step(self, batch):
+        inner(self, batch)
+        if rank == 0 and self.state.progress.step == step:
+            open(path, "w").close()
+
+    Loop.step = one_step
+
+
+def signal_in_evaluation(rank, step, number, batches, victim=0):
+    """Send a signal to the process itself in the evaluation after a step, before its batch number `batches`."""
+    from train.engine import evaluation
+    from train.engine.loop import Loop
+
+    inner, add_up = Loop._evaluate, evaluation.add_up
+    left = []
+
+    def evaluate(self):
+        if rank == victim and self.state.progress.step == step:
+            left.append(batches)
+        return inner(self)
+
+    def count(*arguments):
+        if left:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), number)
+                left.clear()
+        return add_up(*arguments)
+
+    Loop._evaluate, evaluation.add_up = evaluate, count
+
+
+def sleep_in_step(rank, step, seconds):
+    """Say so and sleep in the midst of a step."""
+    import time
+
+    from train.engine.loop import Loop
+
+    inner = Loop.step
+
+    def one_step(self, batch):
+        if self.state.progress.step == step:
+            print("asleep", flush=True)
+            time.sleep(seconds)
+        inner(self, batch)
+
+    Loop.step = one_step
+
+
+def sleep_in_save(rank, seconds):
+    """Say so and sleep before a checkpoint is saved."""
+    import time
+
+    from train.engine.saver import Saver
+
+    inner = Saver.save
+
+    def save(self):
+        print("asleep", flush=True)
+        time.sleep(seconds)
+        inner(self)
+
+    Saver.save = save
+
+
+def sleep_in_preparation(rank, seconds):
+    """Say so and sleep instead of loading data."""
+    import time
+
+    import data_modules.load
+
+    inner = data_modules.load.load_data
+
+    def load_data(*arguments, **options):
+        print("asleep", flush=True)
+        time.sleep(seconds)
+        return inner(*arguments, **options)
+
+    data_modules.load.load_data = load_data

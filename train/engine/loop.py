@@ -231,8 +231,7 @@ class Loop:
     def _between_steps(self, request: Request, preemption: Preemption, bar: Any) -> Request:
         """Do what is due at this step: log, evaluate, save, in this order. Return what the processes agreed on.
 
-        An evaluation that a stop signal interrupts is repeated by the next start, before its first step. The checkpoint
-        of that step is there already then, with the same weights, and stays.
+        An evaluation that a stop signal interrupts is repeated by the next start, before its first step.
         """
         progress, settings = self.state.progress, self.settings
         if request is Request.ABORT:
@@ -241,7 +240,6 @@ class Loop:
         evaluate = last or self._due(self.eval_every.in_steps(self.steps_per_epoch))
         log = evaluate or progress.step % settings.log_every == 0
         values: dict[str, float] = {}
-        repeated = progress.unlogged is not None
         if log:
             self._look_at_norms()
             values = progress.unlogged or self._training_values()
@@ -254,8 +252,7 @@ class Loop:
             except EvaluationStoppedError:
                 self.runtime.say(f"the evaluation of step {progress.step} was interrupted; the next start repeats it")
                 progress.unlogged = values
-                if not repeated:
-                    self.saver.save()
+                self.saver.save()
                 return Request.STOP
             progress.unlogged = None
             values |= evaluation
@@ -265,9 +262,8 @@ class Loop:
             self.tracker.log(progress.step, values)
         if evaluate:
             self._say_evaluation(values, bar)
-        due = self._due(self.checkpoint_every.in_steps(self.steps_per_epoch))
-        due = due or improved or progress.finished or request in (Request.STOP, Request.SAVE)
-        if due and not repeated:
+        stop = request in (Request.STOP, Request.SAVE)
+        if stop or improved or progress.finished or self._due(self.checkpoint_every.in_steps(self.steps_per_epoch)):
             self._look_at_norms()
             self.saver.save()
         if log or evaluate:

@@ -56,8 +56,8 @@ class Preemption:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         # Who signals a second time does not wait. Within a second it is the same signal, from the terminal and from
-        # torchrun; and SIGTERM after SIGUSR1 is a time limit that was warned of, which leaves some seconds to save.
-        warned = self.signal_name == "SIGUSR1" and number == signal.SIGTERM
+        # torchrun; and SIGTERM after SIGUSR1 or the file is a time limit that was warned of, with some seconds to save.
+        warned = number == signal.SIGTERM and self.signal_name not in (None, "SIGTERM", "SIGINT")
         if self.signal_name is not None and not warned and now - self._received > 1.0:
             raise KeyboardInterrupt
         self._received = now

@@ -6,6 +6,7 @@ failing one in its place.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -109,8 +110,10 @@ def replace_file(path: Path, text: str) -> None:
 def commit_directory(final: Path, fill: Callable[[Path], None]) -> None:
     """Make a directory by `fill(temporary)` and give it its name when it is whole and on the disk.
 
+    If there is one with that name already, the new one takes its place.
+
     Raises:
-        OSError: nothing with the final name exists then; leftovers are swept by `sweep`.
+        OSError: what had the final name before, if anything, is still there; leftovers are swept by `sweep`.
     """
     temporary = final.with_name(f".tmp-{final.name}")
     remove_tree(temporary)
@@ -120,8 +123,26 @@ def commit_directory(final: Path, fill: Callable[[Path], None]) -> None:
     for name in sorted(os.listdir(temporary)):
         sync(temporary / name)
     sync(temporary)
-    os.rename(temporary, final)
+    if final.exists():
+        _exchange(temporary, final)
+    else:
+        os.rename(temporary, final)
     sync(final.parent)
+    remove_tree(temporary)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap the names of two directories, so that there is a whole one of each at every instant.
+
+    Linux can do that (renameat2, glibc 2.28) on most of its file systems. Elsewhere one is away for an instant.
+    """
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, flag = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if exchange is None or exchange(here, os.fsencode(one), here, os.fsencode(other), flag) != 0:
+        aside = one.with_name(f"{one.name}-other")  # begins as the temporary one does, for `sweep`
+        os.rename(other, aside)
+        os.rename(one, other)
+        os.rename(aside, one)
 
 
 def remove_directory(path: Path) -> None:

@@ -1,0 +1,26 @@
+"""What the tests with a real SLURM share.
+
+With pytest-xdist each worker that gets such a test starts a SLURM of its own, in a second and with ports and a folder
+of its own: so nothing is shared, and nobody waits for another worker.
+"""
+
+import pytest
+
+from tests.cluster.slurm import Slurm, missing_reason
+
+
+def pytest_collection_modifyitems(items):
+    """Everything in this folder is about a cluster."""
+    for item in items:
+        if "/cluster/" in str(item.path):
+            item.add_marker(pytest.mark.cluster)
+
+
+@pytest.fixture(scope="session")
+def slurm():
+    """A SLURM with the nodes n1 and n2, both this machine."""
+    reason = missing_reason()
+    if reason is not None:
+        pytest.skip(reason)
+    with Slurm() as running:
+        yield running
