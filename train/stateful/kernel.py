@@ -2,8 +2,11 @@
 
 R rows: the gates are one product u @ rows of u = [h of the step before, x, 1, 1] with the rows of both weight matrices,
 transposed, and of both biases. Zeros fill R up to a multiple of four. Weights and moments are kept like this during a
-stretch: loops over 4H numbers become vector code, loops over F or H do so badly. All that is compiled is in this file,
-for numba compiles anew when this file changes and does not look at others.
+stretch: loops over 4H numbers become vector code, loops over F or H do so badly.
+
+All that is compiled is in this file, for numba compiles anew when this file changes and does not look at others. And all
+is inlined into `train`: otherwise a process that has compiled calls the helpers that it compiled one by one, a process
+that loads `train` from the cache those inside it, and the two differ in their last bits.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ def _two_to_the(context: Any, exponent: Any) -> Any:
     return exponent(exponent), build
 
 
-@njit(fastmath={"contract"}, error_model="numpy")
+@njit(fastmath={"contract"}, error_model="numpy", forceinline=True)
 def _expm1(x: float) -> float:
     """exp(x) - 1, as exact near 0 as elsewhere: 2 ** whole * (1 + powers of the rest) - 1, summed in this order."""
     real = type(x)
@@ -56,7 +59,7 @@ def _expm1(x: float) -> float:
     return scale * powers + (scale - real(1))
 
 
-@njit(fastmath={"contract"}, error_model="numpy")
+@njit(fastmath={"contract"}, error_model="numpy", forceinline=True)
 def _sigmoid(x: float) -> float:
     real = type(x)
     x = real(-80) if x < real(-80) else x
@@ -64,7 +67,7 @@ def _sigmoid(x: float) -> float:
     return real(1) / (real(2) + _expm1(-x))
 
 
-@njit(fastmath={"contract"}, error_model="numpy")
+@njit(fastmath={"contract"}, error_model="numpy", forceinline=True)
 def _tanh(x: float) -> float:
     real = type(x)
     x = real(-20) if x < real(-20) else x
@@ -73,7 +76,7 @@ def _tanh(x: float) -> float:
     return grown / (grown + real(2))
 
 
-@njit(fastmath=FAST, error_model="numpy")
+@njit(fastmath=FAST, error_model="numpy", forceinline=True)
 def _adam(
     weights: Array, means: Array, squares: Array, direction: Array, scale: float, factors: tuple[float, ...]
 ) -> None:
@@ -88,14 +91,14 @@ def _adam(
         weights[i] -= rate * mean / (np.sqrt(square) * correction + epsilon)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", forceinline=True)
 def _copy(source: Array, target: Array) -> None:
     """Do target[:] = source, which takes seconds to compile, for one dimension."""
     for i in range(source.size):
         target[i] = source[i]
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", forceinline=True)
 def _pack(tensors: Arrays, num_rows: int) -> tuple[Array, Array]:
     """Return the gates' weights and biases as [R, 4H], and those of the head as [H + 1]."""
     inputs, hidden, bias_inputs, bias_hidden, head, bias_head = tensors
@@ -111,7 +114,7 @@ def _pack(tensors: Arrays, num_rows: int) -> tuple[Array, Array]:
     return rows, last
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", forceinline=True)
 def _unpack(rows: Array, last: Array, tensors: Arrays) -> None:
     """Write what _pack has read back to where it came from."""
     inputs, hidden, bias_inputs, bias_hidden, head, bias_head = tensors
@@ -125,7 +128,7 @@ def _unpack(rows: Array, last: Array, tensors: Arrays) -> None:
     bias_head[0] = last[size]
 
 
-@njit(fastmath=FAST, error_model="numpy")
+@njit(fastmath=FAST, error_model="numpy", forceinline=True)
 def _step(u: Array, rows: Array, gates: Array, before: Array, cell: Array, tanh: Array, hidden: Array) -> None:
     """Take one step of the LSTM: write the four gates [4H], the cell, its tanh and the new h, each [H]."""
     size = cell.size
@@ -143,7 +146,7 @@ def _step(u: Array, rows: Array, gates: Array, before: Array, cell: Array, tanh:
         gates[i], gates[size + i], gates[2 * size + i], gates[3 * size + i] = keep, forget, new, output
 
 
-@njit(fastmath=FAST, error_model="numpy")
+@njit(fastmath=FAST, error_model="numpy", forceinline=True)
 def _step_back(gates: Array, before: Array, tanh: Array, d_hidden: Array, d_cell: Array, d_gates: Array) -> None:
     """From the gradient of h and of the cell, write that of the gates before their sigmoid or tanh; update d_cell."""
     size = tanh.size
@@ -158,7 +161,7 @@ def _step_back(gates: Array, before: Array, tanh: Array, d_hidden: Array, d_cell
         d_cell[i] = d_cell_now * forget
 
 
-@njit(fastmath=FAST, error_model="numpy")
+@njit(fastmath=FAST, error_model="numpy", forceinline=True)
 def _dot(left: Array, right: Array) -> float:
     total = type(left[0])(0)
     for i in range(left.size):
@@ -166,7 +169,7 @@ def _dot(left: Array, right: Array) -> float:
     return total
 
 
-@njit(fastmath=FAST, error_model="numpy")
+@njit(fastmath=FAST, error_model="numpy", forceinline=True)
 def _add_four_dots(rows: Array, first: int, vector: Array, total: Array) -> None:
     """Add rows[i] @ vector to total[i] for four rows: the vector is then read a quarter as often."""
     zero = type(vector[0])(0)
@@ -182,7 +185,7 @@ def _add_four_dots(rows: Array, first: int, vector: Array, total: Array) -> None
     total[first + 3] += sum3
 
 
-@njit(fastmath=FAST, error_model="numpy")
+@njit(fastmath=FAST, error_model="numpy", forceinline=True)
 def _sum_squares(values: Array) -> float:
     total = 0.0
     for i in range(values.size):
@@ -190,7 +193,7 @@ def _sum_squares(values: Array) -> float:
     return total
 
 
-@njit(fastmath=FAST, error_model="numpy")
+@njit(fastmath=FAST, error_model="numpy", forceinline=True)
 def _sum_outer(left: Array, right: Array, total: Array) -> None:
     """Write the sum over the steps of left[t] x right[t]; the steps come in fours, the columns of left in twos."""
     total[:] = 0
@@ -204,7 +207,7 @@ def _sum_outer(left: Array, right: Array, total: Array) -> None:
                 total[k + 1, i] += b0 * r0 + b1 * r1 + b2 * r2 + b3 * r3
 
 
-@njit(fastmath=FAST, error_model="numpy")
+@njit(fastmath=FAST, error_model="numpy", forceinline=True)
 def _forward(inputs: Array, targets: Array, rows: Array, last: Array, buffers: Arrays) -> float:
     """Go through a window and return its sum of squared errors."""
     u, gates, cells, tanhs, hiddens, d_outputs, _d_gates, _d_hidden, _d_cell = buffers
@@ -221,7 +224,7 @@ def _forward(inputs: Array, targets: Array, rows: Array, last: Array, buffers: A
     return squared_errors
 
 
-@njit(fastmath=FAST, error_model="numpy")
+@njit(fastmath=FAST, error_model="numpy", forceinline=True)
 def _backward(taken: int, rows: Array, last: Array, buffers: Arrays) -> None:
     """Go back through the window and write the gradient of the gates of every step."""
     _u, gates, cells, tanhs, _hiddens, d_outputs, d_gates, d_hidden, d_cell = buffers
@@ -237,7 +240,7 @@ def _backward(taken: int, rows: Array, last: Array, buffers: Arrays) -> None:
         _step_back(gates[t], cells[t], tanhs[t], d_hidden, d_cell, d_gates[t])
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", forceinline=True)
 def _make_buffers(columns: int, size: int, window: int, like: Array) -> Arrays:
     """Return the arrays that _forward and _backward work in; those of _sum_outer have steps in multiples of four."""
     num_rows, steps, real = (size + columns + 5) // 4 * 4, (window + 3) // 4 * 4, like.dtype
