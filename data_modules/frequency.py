@@ -77,17 +77,20 @@ def load_sequence(path: str | Path) -> Sequence:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
-    if path.suffix == ".npy":
+        what = "is a folder" if path.is_dir() else "there is no such file"
+        raise DataError(f"{path}: {what}; give a .npy or a .csv file")
+    if path.suffix.lower() == ".npy":
         rows, names = _read_npy(path), None
-    elif path.suffix == ".csv":
+    elif path.suffix.lower() == ".csv":
         rows, names = _read_csv(path)
     else:
         raise DataError(f"{path}: must be a .npy or a .csv file")
-    if rows.ndim != 2 or rows.shape[1] < 2 or len(rows) == 0:
+    if rows.shape[0:1] == (0,):
+        raise DataError(f"{path}: holds no rows")
+    if rows.ndim != 2 or rows.shape[1] < 2:
         raise DataError(
-            f"{path}: has shape {rows.shape}; it must be (samples, columns) with one sample or more and two columns or "
-            "more, of which the last is the target"
+            f"{path}: has shape {rows.shape}; it must be (samples, columns) with two columns or more, of which the "
+            "last is the target"
         )
     names = names or [f"column {column}" for column in range(rows.shape[1])]
     with np.errstate(over="ignore"):
@@ -107,7 +110,9 @@ def _read_npy(path: Path) -> np.ndarray:
     try:
         rows = np.load(path, allow_pickle=False)
     except (*DAMAGED, OSError, MemoryError) as error:
-        raise DataError(f"{path}: cannot be read as an array of numbers ({error})") from error
+        # What is no array file numpy takes for a pickle, and says how to load it all the same.
+        reason = "it holds no numbers, or is not of numpy.save" if "pickle" in str(error) else error
+        raise DataError(f"{path}: cannot be read as an array of numbers ({reason})") from error
     if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "fiu":
         kind = rows.dtype if isinstance(rows, np.ndarray) else type(rows).__name__
         raise DataError(f"{path}: holds {kind}; it must hold real numbers, such as float32")
@@ -120,8 +125,10 @@ def _read_csv(path: Path) -> tuple[np.ndarray, list[str] | None]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             for cells in csv.reader(file):
-                if not cells:
+                if not any(cell.strip() for cell in cells):
                     continue
+                if len(cells) == 1 and not _is_number(cells[0]) and any(mark in cells[0] for mark in ";\t"):
+                    raise DataError(f"{path}: columns are to be apart by commas, not by semicolons or tabs")
                 if not rows and names is None and not any(_is_number(cell) for cell in cells):
                     names = cells
                     continue
@@ -129,7 +136,9 @@ def _read_csv(path: Path) -> tuple[np.ndarray, list[str] | None]:
                 if len(cells) != width:
                     raise DataError(f"{path}: row {len(rows)} has {len(cells)} columns, the rows before have {width}")
                 rows.append([_to_number(path, len(rows), column, cell, names) for column, cell in enumerate(cells)])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text; save it as such") from error
+    except (OSError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     return np.array(rows, dtype=np.float64), names
 
@@ -139,7 +148,7 @@ def _is_number(cell: str) -> bool:
         float(cell)
     except ValueError:
         return False
-    return True
+    return "_" not in cell  # Python reads 1_000 as a number
 
 
 def _to_number(path: Path, row: int, column: int, cell: str, names: list[str] | None) -> float:
@@ -159,5 +168,5 @@ def _split_columns(rows: np.ndarray, names: list[str]) -> Sequence:
     if choice.shape[1] > 1 and binary and bool((choice.sum(dim=1) == 1).all()):
         for name, chosen in zip(names[1:], choice.T):
             if chosen.any():
-                groups[name] = chosen.nonzero().squeeze(1)
+                groups[name if name not in groups else f"{name} {len(groups)}"] = chosen.nonzero().squeeze(1)
     return Sequence(inputs, targets, groups)

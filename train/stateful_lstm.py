@@ -53,10 +53,12 @@ class StatefulSettings(ScheduleSettings):
     def conditions(self) -> Iterator[tuple[bool, str, str]]:
         """Yield, for each rule, whether it holds, the setting, and what it must be."""
         yield from super().conditions()
-        yield self.hidden_size >= 1, "hidden_size", "1 or more"
+        yield 1 <= self.hidden_size <= 16384, "hidden_size", "between 1 and 16384"
         yield self.window >= 1, "window", "1 or more"
         for name in ("validation_data", "test_data"):
             yield self.data is not None or getattr(self, name) is None, name, "left out, or given beside --data"
+        falls = self.lr_scheduler != "plateau" or self.data is None or self.validation_data is not None
+        yield falls, "lr_scheduler", "another one, or given beside --validation_data: plateau follows its loss"
 
 
 def refuse_several_processes() -> None:
@@ -71,7 +73,7 @@ def refuse_several_processes() -> None:
             time.sleep(3)  # torchrun ends the others when one has left; rank 0, which says why, is to be the first
         raise UsageError(
             f"{asked}, but the state is carried from sample to sample, so training is one process by design: run "
-            "python train/stateful_lstm.py, in a SLURM job with --ntasks=1"
+            "python train/stateful_lstm.py by itself, in a SLURM job with --ntasks=1"
         )
 
 
@@ -127,7 +129,10 @@ def main(settings: StatefulSettings) -> int:
     runtime = start_runtime(settings)
     data = load_splits(settings)
     name = "sinusoids" if settings.data is None else Path(settings.data).stem
-    run_name = settings.run_name or sessions.default_run_name(settings, ["stateful_lstm", name])
+    described = describe(data, name)
+    # By its content: another way to write its path is not another run.
+    by_content = dataclasses.replace(settings, data=settings.data and described["fingerprint"])
+    run_name = settings.run_name or sessions.default_run_name(by_content, ["stateful_lstm", name])
     seed_all(settings.seed)
     model = FrequencyLSTM(data["train"].inputs.shape[1], settings.hidden_size).to(runtime.device)
     optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, fused=True)
@@ -136,7 +141,6 @@ def main(settings: StatefulSettings) -> int:
     chosen, build_engine, reason = choose_engine(settings.engine, course)
     settings = dataclasses.replace(settings, run_name=run_name, engine=chosen)
 
-    described = describe(data, name)
     session = sessions.open_session(settings, runtime, described, lambda *_: Batching(1, 1, 1))
     state = RunState(model, optimizer, Progress(slots=1))
     sessions.load_found(settings, runtime, session, state)
@@ -173,7 +177,9 @@ def main(settings: StatefulSettings) -> int:
     results = sessions.finish(runtime, session, state, tracker, score_test if "test" in data else None, "val/loss")
     if results and epochs:
         loss = epochs[-1]["loss"]
-        runtime.say(f"for comparison, training loss of the last epoch {loss:.4f}: measured while the weights followed the samples")
+        runtime.say(
+            f"training loss of epoch {len(epochs)}: {loss:.4f}, measured while the weights followed the samples"
+        )
     runtime.close()
     if request is Request.STOP:
         print(f"saved at update {state.progress.step}; run the same command again to go on")

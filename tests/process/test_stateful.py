@@ -473,3 +473,17 @@ except SystemExit as end:
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "--window" in printed and "carries its state" in printed
     assert json.loads(printed.splitlines()[-1]) == [0, []]
+
+
+@pytest.mark.slow
+def test_the_kernel_has_the_same_bits_just_compiled_and_from_the_cache(tmp_path):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    settings = ["--engine", "fused", "--max_train_steps", "200", "--tracker", "none", "--output_dir", str(tmp_path)]
+    weights = []
+    for name in ("compiled", "loaded"):
+        command = [sys.executable, "train/stateful_lstm.py", *settings, "--run_name", name]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+        (checkpoint,) = (tmp_path / name / "checkpoints").glob("step_00000200")
+        weights.append((checkpoint / "model.safetensors").read_bytes())
+        assert list((tmp_path / "cache").rglob("*.nbc"))
+    assert weights[0] == weights[1]

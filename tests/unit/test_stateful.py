@@ -729,6 +729,7 @@ def test_several_processes_are_found(environment, words):
         {"WORLD_SIZE": ""},
         {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"},
         {"SLURM_NTASKS": "1"},
+        {"SLURM_NTASKS": "2(x2)"},
         {"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"},
         {**TRAP, "WORLD_SIZE": "1"},
         {"ACCELERATE_MIXED_PRECISION": "no"},
@@ -737,3 +738,10 @@ def test_several_processes_are_found(environment, words):
 )
 def test_one_process_is_one_process(environment):
     assert find_several(environment) is None
+
+
+def test_plateau_needs_a_loss_to_follow():
+    alone = StatefulSettings(data="rows.npy", lr_scheduler="plateau")
+    assert ["--lr_scheduler plateau" in problem for problem in check_settings(alone)] == [True]
+    assert check_settings(StatefulSettings(lr_scheduler="plateau")) == []
+    assert check_settings(StatefulSettings(data="a.npy", validation_data="b.npy", lr_scheduler="plateau")) == []

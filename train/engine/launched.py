@@ -20,7 +20,7 @@ def accelerate_meant_several(environment: Mapping[str, str]) -> bool:
 
 def find_several(environment: Mapping[str, str]) -> str | None:
     """Return who asked for more than one process, in words; None if nobody did."""
-    if int(environment.get("WORLD_SIZE") or 1) > 1:
+    if _count(environment, "WORLD_SIZE") > 1:
         return f"the launcher started {environment['WORLD_SIZE']} processes"
     if accelerate_meant_several(environment):
         return "accelerate launch was told of several processes"
@@ -28,6 +28,11 @@ def find_several(environment: Mapping[str, str]) -> str | None:
     if "SLURM_STEP_NUM_TASKS" not in environment:  # not started by srun: what the job was given
         counts = (*counts, "SLURM_NTASKS")
     for name in counts:
-        if int(environment.get(name) or 1) > 1:
+        if _count(environment, name) > 1:
             return f"{name} is {environment[name]}"
     return None
+
+
+def _count(environment: Mapping[str, str], name: str) -> int:
+    value = environment.get(name, "")
+    return int(value) if value.isdigit() else 1

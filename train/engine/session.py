@@ -264,7 +264,8 @@ def finish(
             results = {f"test/{name}": value for name, value in test(state.model).items()}
             tracker.summarize(progress.step, results)
             shown = "  ".join(f"{name} {value:.4f}" for name, value in results.items())
-            runtime.say(f"\n{shown}   (weights of step {best_step}, best {best_metric})")
+            why = f", best {best_metric}" if progress.best_step is not None else ""
+            runtime.say(f"\n{shown}   (weights of step {best_step}{why})")
     run = session.run
     if run is not None and runtime.is_main:
         curves = run.plots / "curves.png"

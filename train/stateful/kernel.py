@@ -4,9 +4,9 @@ R rows: the gates are one product u @ rows of u = [h of the step before, x, 1, 1
 transposed, and of both biases. Zeros fill R up to a multiple of four. Weights and moments are kept like this during a
 stretch: loops over 4H numbers become vector code, loops over F or H do so badly.
 
-All that is compiled is in this file, for numba compiles anew when this file changes and does not look at others. And all
-is inlined into `train`: otherwise a process that has compiled calls the helpers that it compiled one by one, a process
-that loads `train` from the cache those inside it, and the two differ in their last bits.
+All that is compiled is in this file, for numba compiles anew when this file changes and does not look at others. And
+all is inlined into `train`: otherwise a process that has compiled calls the helpers that it compiled one by one, a
+process that loads `train` from the cache those inside it, and the two differ in their last bits.
 """
 
 from __future__ import annotations

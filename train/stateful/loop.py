@@ -115,8 +115,8 @@ class StatefulLoop:
             raise TrainingError(
                 f"update {progress.step + error.updates + 1}, from row {row} of the data on: the loss or a gradient is "
                 f"NaN or infinite (learning rate {rates[error.updates]:.3g}); not applied. The learning rate is too "
-                "high, or the data holds numbers far beyond 1. Checkpoints are intact. Go on from the latest one with "
-                "a lower --learning_rate (and --allow_changes learning_rate)"
+                "high, or the data holds numbers far beyond 1: scale it. Start anew with another --run_name, or "
+                "go on from the latest checkpoint with a lower --learning_rate (and --allow_changes learning_rate)"
             ) from error
         progress.step += updates
         progress.sample = stop % self.num_samples
@@ -214,7 +214,8 @@ class StatefulLoop:
     def _say(self, values: dict[str, float], bar: Any) -> None:
         """Print a line at the end of each epoch, where there is an evaluation, and when there was none for long."""
         now = time.perf_counter()
-        if not {"train/epoch_loss", "val/loss"} & values.keys() and now - self.said < SILENCE_SECONDS:
+        told = {"train/epoch_loss", "val/loss"} & values.keys() or self.state.progress.finished
+        if not told and now - self.said < SILENCE_SECONDS:
             return
         self.said = now
         names = ("train/loss", "train/epoch_loss", "val/loss")
