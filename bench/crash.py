@@ -78,7 +78,7 @@ class Saver:
             folder.mkdir(parents=True, exist_ok=True)
             storage.sweep(folder)
             self.model, self.optimizer = model, optimizer
-            self.runtime = Runtime(self.accelerator, None, None)
+            self.runtime = Runtime(self.accelerator, None)
             self.state = RunState(model, optimizer, Progress(slots=1))
             self.writer = CheckpointWriter(folder, keep)
         else:

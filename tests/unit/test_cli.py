@@ -16,6 +16,7 @@ from train.engine.cli import parse_settings, settings_to_yaml
 from train.engine.errors import TrainingError, UsageError
 from train.engine.settings import Every, RunSettings, check_settings, parse_every
 from train.reconstruct import ReconstructSettings
+from train.stateful_lstm import StatefulSettings
 
 RECIPES = Path(cli.__file__).parents[1] / "recipes"
 
@@ -317,22 +318,24 @@ def test_text_that_yaml_would_change_survives_a_round_trip(recipe, text):
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_that_come_with_the_scripts_are_accepted(path):
     script = re.search(r"train/(\w+)\.py", path.read_text())[1]  # the first line of each says what it is for
-    kind = {"classify": ClassifySettings, "reconstruct": ReconstructSettings}[script]
+    kinds = {"classify": ClassifySettings, "reconstruct": ReconstructSettings, "stateful_lstm": StatefulSettings}
+    kind = kinds[script]
     assert parse_settings(kind, ["--config", str(path)], "Test.") != kind(config=str(path))
 
 
-def test_help_and_import_of_the_script_leave_torch_alone():
-    code = """
+@pytest.mark.parametrize("kind", ["classify.ClassifySettings", "stateful_lstm.StatefulSettings"])
+def test_help_and_import_of_the_script_leave_torch_alone(kind):
+    code = f"""
 import json, sys
-import train.classify
+import train.classify, train.stateful_lstm
 from train.engine.cli import parse_settings
 try:
-    parse_settings(train.classify.ClassifySettings, ["--help"], "About this script.")
+    parse_settings(train.{kind}, ["--help"], "About this script.")
 except SystemExit as end:
-    print(json.dumps([end.code, sorted({"torch", "numpy", "datasets", "accelerate"} & set(sys.modules))]))
+    print(json.dumps([end.code, sorted({{"torch", "numpy", "datasets", "accelerate"}} & set(sys.modules))]))
 """
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "About this script." in printed and "--batch_size" in printed
+    assert "About this script." in printed and "--num_train_epochs" in printed
     assert json.loads(printed.splitlines()[-1]) == [0, []]
 
 

@@ -661,6 +661,7 @@ def progress():
         metrics_bytes=4567,
         stream={"size": 64, "block": 3, "state": {"epoch": 0}},
         train_seconds=1234.5678901234567,
+        unlogged={"train/loss": 0.1},
         finished=True,
         early_stopping=EarlyStopping(best=-0.7, bad_evaluations=3),
         plateau=Plateau(scale=0.125, best=5e-324, bad_evaluations=1),

@@ -188,12 +188,31 @@ def test_directory_that_could_not_be_filled_is_not_there(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_existing_directory_is_not_replaced(tmp_path):
+@pytest.mark.parametrize("exchange", [True, False], ids=["at once", "where the system cannot"])
+def test_an_existing_directory_is_replaced_when_the_new_one_is_whole(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(storage.ctypes, "CDLL", lambda name: object())
+    final = tmp_path / "final"
+    storage.commit_directory(final, lambda path: (path / "file").write_text("old"))
+
+    def fail(path):
+        (path / "file").write_text("new")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        storage.commit_directory(final, fail)
+    assert (final / "file").read_text() == "old"
+    storage.commit_directory(final, lambda path: (path / "other").write_text("new"))
+    assert os.listdir(final) == ["other"]
+    assert os.listdir(tmp_path) == ["final"]
+
+
+def test_a_directory_is_never_away_while_it_is_replaced(tmp_path, monkeypatch):
+    renamed = []
+    monkeypatch.setattr(storage.os, "rename", lambda *paths: renamed.append(paths))
     (tmp_path / "final").mkdir()
-    (tmp_path / "final" / "file").write_text("kept")
-    with pytest.raises(OSError, match="not empty"):
-        storage.commit_directory(tmp_path / "final", lambda path: None)
-    assert (tmp_path / "final" / "file").read_text() == "kept"
+    storage.commit_directory(tmp_path / "final", lambda path: (path / "file").write_text("new"))
+    assert (tmp_path / "final" / "file").read_text() == "new" and renamed == []
 
 
 def test_removed_tree_leaves_what_links_point_to(tmp_path):

@@ -27,7 +27,7 @@ class Runtime:
 
     accelerator: Accelerator
     control: dist.ProcessGroup | None  # gloo, for small messages between CPUs; None with one process
-    patient: dist.ProcessGroup | None  # the same, for preparing data, which may take one process hours
+    patient: dist.ProcessGroup | None = None  # the same, for preparing data, which may take one process hours
     asked_to_stop: Callable[[], bool] = lambda: False  # the same on all processes, which must call it together
 
     @property
@@ -158,6 +158,6 @@ def start_runtime(settings: RunSettings) -> Runtime:
     else:
         torch.backends.cudnn.benchmark = True
     if accelerator.num_processes == 1:
-        return Runtime(accelerator, None, None)
+        return Runtime(accelerator, None)
     control = dist.new_group(backend="gloo", timeout=timeout)
     return Runtime(accelerator, control, dist.new_group(backend="gloo", timeout=timedelta(hours=PREPARATION_HOURS)))

@@ -52,7 +52,7 @@ def progress_from_json(values: dict[str, Any]) -> Progress:
     Raises:
         ValueError: a name is unknown or missing: the checkpoint is of another version.
     """
-    values = dict(values)
+    values = {"unlogged": None, **values}  # checkpoints made before 22 November 2026 lack it
     for name, kind in (("early_stopping", EarlyStopping), ("plateau", Plateau)):
         if name in values:
             values[name] = _rebuild(kind, values[name])
