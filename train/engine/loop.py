@@ -29,7 +29,7 @@ from train.engine.randomness import derive_seed, seed_torch
 from train.engine.reduction import ExactReduction, share_buffers
 from train.engine.runtime import Runtime
 from train.engine.saver import Saver
-from train.engine.schedule import build_schedule
+from train.engine.schedule import build_schedule, count_steps
 from train.engine.session import Session
 from train.engine.settings import TrainSettings, parse_every
 from train.engine.state import RunState
@@ -55,11 +55,7 @@ class Loop:
         settings = self.settings
         self.saver = Saver(settings, self.runtime, self.session, self.state, self.tracker, self.data)
         self.steps_per_epoch = -(-self.loader.num_samples // self.loader.batch_size)
-        self.total_steps = settings.num_train_epochs * self.steps_per_epoch
-        if settings.max_train_steps is not None:
-            self.total_steps = min(self.total_steps, settings.max_train_steps)
-        if settings.dry_run:
-            self.total_steps = 1
+        self.total_steps = count_steps(settings, self.steps_per_epoch)
         self.schedule = build_schedule(settings, self.total_steps)
         self.checkpoint_every = parse_every(settings.checkpoint_every)
         self.eval_every = parse_every(settings.eval_every, minutes=False)

@@ -11,6 +11,14 @@ from train.engine.settings import ScheduleSettings
 Schedule = Callable[[int], float]
 
 
+def count_steps(settings: ScheduleSettings, steps_per_epoch: int) -> int:
+    """Return the optimizer step at which a run is finished."""
+    if settings.dry_run:
+        return 1
+    steps = settings.num_train_epochs * steps_per_epoch
+    return steps if settings.max_train_steps is None else min(steps, settings.max_train_steps)
+
+
 def build_schedule(settings: ScheduleSettings, total_steps: int) -> Schedule:
     """Return the factor on the peak learning rate for the update that follows `step` finished ones.
 

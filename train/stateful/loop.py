@@ -21,7 +21,7 @@ from train.engine.errors import TrainingError, UsageError
 from train.engine.preemption import Preemption, Request
 from train.engine.runtime import Runtime
 from train.engine.saver import Saver
-from train.engine.schedule import build_schedule
+from train.engine.schedule import build_schedule, count_steps
 from train.engine.session import Session
 from train.engine.settings import ScheduleSettings, parse_every
 from train.engine.state import RunState
@@ -58,11 +58,7 @@ class StatefulLoop:
                 f"samples and --window {self.course.window}: choose another --run_name"
             )
         self.steps_per_epoch = -(-self.num_samples // self.course.window)
-        self.total_steps = settings.num_train_epochs * self.steps_per_epoch
-        if settings.max_train_steps is not None:
-            self.total_steps = min(self.total_steps, settings.max_train_steps)
-        if settings.dry_run:
-            self.total_steps = 1
+        self.total_steps = count_steps(settings, self.steps_per_epoch)
         self.schedule = build_schedule(settings, self.total_steps)
         self.checkpoint_every = parse_every(settings.checkpoint_every).in_steps(self.steps_per_epoch)
         self.eval_every = parse_every(settings.eval_every, minutes=False).in_steps(self.steps_per_epoch)
