@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def test_again_or_not(batch, case):
     assert batch.run(code=code, step=step, signal=signal) == code
     assert batch.was("requeued") is again, (batch.folder / "said").read_text()
     assert batch.was("asked") is (signal == "USR1")
-    assert not Path("/tmp/exact-training-stop-4711").exists()
+    assert not Path(tempfile.gettempdir(), "exact-training-stop-4711").exists()
 
 
 def test_the_run_is_named_after_the_job(batch):
