@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-EXIT_ERROR, EXIT_STOPPED = 1, 75
+EXIT_ERROR, EXIT_USAGE, EXIT_PREFLIGHT, EXIT_STOPPED = 1, 2, 3, 75
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 SAVING_SECONDS = 3600  # the cluster's own grace period ends sooner
 
@@ -47,8 +47,9 @@ def main(arguments: list[str]) -> int:
         for name in SIGNALS:  # what is left takes an instant
             signal.signal(getattr(signal, name), signal.SIG_IGN)
         codes = [int(file.read_text()) for file in Path(folder).iterdir()]
-    if any(0 < code < EXIT_STOPPED for code in codes):  # bad input that one found explains why others failed
-        return min(code for code in codes if code)
+    for code in (EXIT_USAGE, EXIT_PREFLIGHT):  # bad input that one found explains why others failed
+        if code in codes:
+            return code
     stopped = EXIT_STOPPED in codes and failure != EXIT_ERROR
     return EXIT_STOPPED if stopped else failure or 0
 

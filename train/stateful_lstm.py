@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +68,6 @@ def refuse_several_processes() -> None:
     """
     asked = find_several(os.environ)
     if asked is not None:
-        if int(os.environ.get("RANK") or 0) > 0:
-            time.sleep(3)  # torchrun ends the others when one has left; rank 0, which says why, is to be the first
         raise UsageError(
             f"{asked}, but the state is carried from sample to sample, so training is one process by design: run "
             "python train/stateful_lstm.py by itself, in a SLURM job with --ntasks=1"

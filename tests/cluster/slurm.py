@@ -99,7 +99,7 @@ class Slurm:
             for node in NODES:
                 self.start_node(node)
             self.wait_idle()
-        except BaseException:
+        except BaseException:  # Ctrl-C too: what has started is ended before it is raised again
             self.__exit__()
             raise
         return self

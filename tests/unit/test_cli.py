@@ -427,3 +427,12 @@ def test_an_unforeseen_error_shows_where_it_happened(monkeypatch, capsys):
         cli.run_script(main, ClassifySettings, "Test.")
     assert caught.value.code == 1
     assert "Traceback" in (printed := capsys.readouterr().err) and "surprise" in printed
+
+
+def test_exit_codes_left_for_the_launcher_are_of_the_latest_attempt(tmp_path, monkeypatch):
+    monkeypatch.setenv("EXACT_TRAINING_EXIT_CODES", str(tmp_path))
+    monkeypatch.setenv("RANK", "1")
+    seen = []
+    for code in (75, 2, 3, 1, 0):
+        seen.append((cli._hand_over(code), (tmp_path / "1").read_text()))
+    assert seen == [(0, "75"), (0, "2"), (0, "3"), (1, "1"), (0, "0")]

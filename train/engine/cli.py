@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from train.engine.errors import (
 from train.engine.settings import RunSettings, check_settings
 from train.engine.signals import StoppedEarlyError, leave_on_signals
 from train.engine.verify import verify_resume
+
+OTHERS_WAIT_SECONDS = 3
 
 Settings = TypeVar("Settings", bound=RunSettings)
 
@@ -163,15 +166,21 @@ def run_script(
 def _hand_over(code: int) -> int:
     """Leave the exit code where launch/start.py looks for it, and return what its torchrun should see.
 
-    torchrun takes every code but 0 for a crash: it would end or restart the workers that still save.
+    torchrun takes every code but 0 for a crash: it would end or restart the workers that still save. Every code is
+    written, so that none of an attempt before stays.
     """
     folder = os.environ.get("EXACT_TRAINING_EXIT_CODES")
-    if folder is None or code not in (EXIT_USAGE, EXIT_PREFLIGHT, EXIT_STOPPED):
+    if folder is None:
         return code
     Path(folder, os.environ.get("RANK", "0")).write_text(str(code), encoding="utf-8")
-    return EXIT_DONE
+    return EXIT_DONE if code in (EXIT_USAGE, EXIT_PREFLIGHT, EXIT_STOPPED) else code
 
 
 def _print_error(text: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:  # the others found the same
         print(text, file=sys.stderr, flush=True)
+        return
+    met = getattr(sys.modules.get("torch.distributed"), "is_initialized", bool)  # bool() is False
+    if not met():
+        # They have not met yet, and torchrun ends all when one has left: rank 0, which says why, is to be the first.
+        time.sleep(OTHERS_WAIT_SECONDS)
