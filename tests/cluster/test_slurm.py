@@ -91,6 +91,9 @@ def test_requeued_from_outside_with_one_wandb_run(jobs):
     assert ended["Restarts"] == "1"
     assert "TERM: waiting for the run to save" in jobs.decisions("requeued")
     assert jobs.identity("requeued") == identity
+    starts = json.loads((jobs.folder / "requeued" / "run.json").read_text())["starts"]
+    assert [start["scheduler"]["SLURM_JOB_ID"] for start in starts] == [job, job]
+    assert "SLURM_RESTART_COUNT" not in starts[0]["scheduler"] and starts[1]["scheduler"]["SLURM_RESTART_COUNT"] == "1"
     offline = [path.name.rpartition("-")[2] for path in (jobs.folder / "requeued" / "wandb").glob("offline-run-*")]
     assert offline == [identity, identity]
 

@@ -86,22 +86,27 @@ def use_fsdp2(rank, *layers):
 
     It is told to between the start of the processes and `prepare`; what follows is what it does on GPUs. Modules of
     the classes `layers` become units of their own, with activations that are computed again in the backward pass.
+    Without any, the variables that `accelerate launch` leaves say how to shard, if they do.
     """
     from accelerate import DistributedType, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, PartialState
+    from torch.distributed.fsdp import FSDPModule
 
     from train.engine import runtime, session
 
     start, prepare = runtime.start_runtime, session.prepare_state
+    options = {
+        "fsdp_version": 2,
+        "auto_wrap_policy": "transformer_based_wrap",
+        "transformer_cls_names_to_wrap": list(layers),
+        "activation_checkpointing": bool(layers),
+    }
+    if "FSDP_VERSION" in os.environ:
+        options = {}
 
     def start_runtime(settings):
         started = start(settings)
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=list(layers),
-            activation_checkpointing=bool(layers),
-        )
+        plugin = FullyShardedDataParallelPlugin(**options)
         if (precision := started.accelerator.mixed_precision) != "no":
             plugin.set_mixed_precision(precision)
         AcceleratorState._shared_state["fsdp_plugin"] = plugin
@@ -114,7 +119,8 @@ def use_fsdp2(rank, *layers):
         names = [name for name, _ in state.model.named_modules()]
         kinds = {type(parameter).__name__ for parameter in state.model.parameters()}
         recomputed = sum(name.endswith("_checkpoint_wrapped_module") for name in names)
-        runtime.say(f"parameters: {', '.join(kinds)}; modules computed again: {recomputed}")
+        units = sum(isinstance(module, FSDPModule) for module in state.model.modules())
+        runtime.say(f"parameters: {', '.join(kinds)}; modules computed again: {recomputed}; units: {units}")
         return state
 
     runtime.start_runtime, session.prepare_state = start_runtime, prepare_state

@@ -99,7 +99,7 @@ def test_all_wrappers_write_the_same_file(classify, optimizer):
     classify.run("plain", *settings)
     classify.run("ddp", *settings, **DDP)
     finished = classify.run("fsdp", *settings, **FSDP2_BY_LAYER)
-    assert "parameters: DTensor; modules computed again: 4" in finished.output
+    assert "parameters: DTensor; modules computed again: 4;" in finished.output
     classify.run("compiled", *settings, "--compile", faults=[("compile_nothing",)])
     for step in (1, 2):
         for file in FILES:

@@ -101,6 +101,7 @@ def test_wandb_offline_without_a_key(classify, tmp_path):
     folders = [name for name in os.listdir(tmp_path / "run" / "wandb") if name.startswith("offline-run-")]
     assert len(folders) == 2
     assert all(name.endswith(identity["wandb_id"]) for name in folders)
+    assert [start["step"] for start in identity["starts"]] == [0, 2]
 
 
 def test_golden_losses(classify):

@@ -16,7 +16,6 @@ from torch import nn
 from models.frequency_lstm import FrequencyLSTM
 from train.engine.batching import Batching
 from train.engine.errors import TrainingError, UsageError
-from train.engine.launched import find_several
 from train.engine.run_directory import RunDirectory
 from train.engine.runtime import start_runtime
 from train.engine.session import Session
@@ -698,46 +697,6 @@ def test_the_model_counts_its_parameters():
     model = FrequencyLSTM()
     assert model.summary() == "LSTM(5 -> 64) 18,176 + Linear(64 -> 1) 65 = 18,241 parameters"
     assert sum(parameter.numel() for parameter in model.parameters()) == 18_241
-
-
-TRAP = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}  # left by accelerate launch on CPUs
-
-
-@pytest.mark.parametrize(
-    ("environment", "words"),
-    [
-        ({"WORLD_SIZE": "2"}, "started 2 processes"),
-        ({"WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "1"}, "started 2 processes"),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS is 2"),
-        ({"SLURM_NTASKS": "2"}, "SLURM_NTASKS is 2"),
-        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "3"}, "SLURM_STEP_NUM_TASKS is 3"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2"),
-        ({"PMI_SIZE": "16"}, "PMI_SIZE is 16"),
-        ({"MV2_COMM_WORLD_SIZE": "2"}, "MV2_COMM_WORLD_SIZE is 2"),
-        (TRAP, "accelerate launch"),
-    ],
-)
-def test_several_processes_are_found(environment, words):
-    assert words in find_several(environment)
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {},
-        {"WORLD_SIZE": "1"},
-        {"WORLD_SIZE": ""},
-        {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"},
-        {"SLURM_NTASKS": "1"},
-        {"SLURM_NTASKS": "2(x2)"},
-        {"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"},
-        {**TRAP, "WORLD_SIZE": "1"},
-        {"ACCELERATE_MIXED_PRECISION": "no"},
-        {"MASTER_ADDR": "127.0.0.1"},
-    ],
-)
-def test_one_process_is_one_process(environment):
-    assert find_several(environment) is None
 
 
 def test_plateau_needs_a_loss_to_follow():

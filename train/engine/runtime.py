@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
 from train.engine.errors import TrainingError, UsageError
+from train.engine.launched import check_count
 from train.engine.randomness import seed_all, use_deterministic_algorithms
 from train.engine.settings import RunSettings
 
@@ -121,7 +122,8 @@ def start_runtime(settings: RunSettings) -> Runtime:
     """Start Accelerate, check what it made of the request, and seed everything.
 
     Raises:
-        UsageError: the precision asked for is not to be had on this device.
+        UsageError: the precision or the way to launch is not to be had on this device, or the launcher started another
+            number of processes than it was asked for.
     """
     timeout = timedelta(seconds=settings.timeout_seconds)
     try:
@@ -146,12 +148,12 @@ def start_runtime(settings: RunSettings) -> Runtime:
     other_wrappers = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if kind in other_wrappers or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
         raise UsageError(f"the launcher chose {kind.value}: use plain processes, or FSDP with fsdp_version: 2")
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
+    if kind != DistributedType.FSDP and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise UsageError(
-            f"the launcher started {launched} processes but Accelerate sees {accelerator.num_processes}: on CPUs, "
-            "start them with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N"
+            f"the launcher chose FSDP, but Accelerate would train without it on {accelerator.device.type}: FSDP needs "
+            "GPUs; choose another file of launch/"
         )
+    check_count(accelerator.num_processes, os.environ)
     seed_all(settings.seed)
     if settings.deterministic:
         use_deterministic_algorithms()

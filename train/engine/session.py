@@ -33,6 +33,7 @@ from train.engine.contract import Score
 from train.engine.errors import TrainingError, UsageError
 from train.engine.optimizer import build_optimizer
 from train.engine.plots import draw_curves
+from train.engine.provenance import record_start
 from train.engine.resume import choose_checkpoint, compare_settings
 from train.engine.run_directory import RunDirectory, open_run
 from train.engine.runtime import Runtime
@@ -226,6 +227,8 @@ def start_tracking(settings: RunSettings, runtime: Runtime, session: Session) ->
     if moved:
         print(f"set aside in {run.checkpoints / 'set_aside'}: {', '.join(moved)}")
     storage.replace_file(run.path / "config.yaml", settings_to_yaml(settings))
+    start = record_start(runtime, 0 if found is None else found.step)
+    run.remember(starts=[*run.identity.get("starts", []), start])
     tracker = Tracker(run, 0 if found is None else found.record["progress"]["metrics_bytes"])
     if settings.tracker == "wandb":
         tracker.start_wandb(run, settings.wandb_project, dataclasses.asdict(settings))

@@ -13,7 +13,6 @@ import torch
 
 from train.engine.checks.finding import Finding, Status, judge
 from train.engine.checks.subject import Subject
-from train.engine.launched import TASK_COUNTS, accelerate_meant_several
 from train.engine.runtime import Runtime
 
 IDLE_CORES = 8  # of a machine with fewer, nobody misses some
@@ -59,7 +58,7 @@ def _identify_gpu(number: int) -> str:
 
 
 def _judge_processes(everyone: list[dict[str, Any]], environment: Mapping[str, str]) -> Finding:
-    problems = _find_launch_problems(len(everyone), environment)
+    problems = _find_idle_tasks(len(everyone), environment)
     by_host: dict[str, list[dict[str, Any]]] = {}
     for facts in everyone:
         by_host.setdefault(facts["host"], []).append(facts)
@@ -87,42 +86,16 @@ def _judge_processes(everyone: list[dict[str, Any]], environment: Mapping[str, s
     )
 
 
-def _find_launch_problems(num_processes: int, environment: Mapping[str, str]) -> list[_Problem]:
-    """Compare the number of processes with what the launcher left in the environment."""
-    script = _script()
-    for name in TASK_COUNTS:
-        tasks = int(environment.get(name) or 1)
-        launcher_alone = "TORCHELASTIC_RUN_ID" in environment and environment.get("LOCAL_WORLD_SIZE") == str(
-            num_processes
-        )
-        if tasks > 1 and (num_processes < tasks or launcher_alone):
-            starter = "srun" if name.startswith("SLURM") else "mpirun"
-            return [
-                _Problem(
-                    "fail",
-                    f"{starter} started {tasks} tasks ({name}), and each of them is a run of its own",
-                    f"{starter} starts processes that know nothing of each other. Start one launcher on each node: "
-                    "srun --ntasks-per-node=1 bash -c 'torchrun --nnodes $SLURM_NNODES --node-rank $SLURM_NODEID "
-                    f"--nproc-per-node N --master-addr HEAD --master-port PORT {script}'",
-                )
-            ]
-    if num_processes == 1 and accelerate_meant_several(environment):
-        return [
-            _Problem(
-                "fail",
-                "accelerate launch was told of several processes, and started one",
-                "on CPUs accelerate launch starts one process whatever it is told: ACCELERATE_USE_CPU=true torchrun "
-                f"--nproc_per_node N {script}",
-            )
-        ]
+def _find_idle_tasks(num_processes: int, environment: Mapping[str, str]) -> list[_Problem]:
+    """Find tasks of SLURM that nothing runs in."""
     allotted = int(environment.get("SLURM_NTASKS") or 1)
     if "SLURM_STEP_NUM_TASKS" not in environment and num_processes < allotted:
         return [
             _Problem(
                 "warn",
                 f"SLURM allotted {allotted} tasks",
-                f"the job asks for tasks that nothing runs in: torchrun --nproc_per_node {allotted} {script}, or ask "
-                "for --ntasks=1 with --cpus-per-task",
+                f"the job asks for tasks that nothing runs in: torchrun --nproc_per_node {allotted} {_script()}, or "
+                "ask for --ntasks=1 with --cpus-per-task",
             )
         ]
     return []
