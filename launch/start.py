@@ -12,10 +12,12 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 EXIT_ERROR, EXIT_USAGE, EXIT_PREFLIGHT, EXIT_STOPPED = 1, 2, 3, 75
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 SAVING_SECONDS = 3600  # the cluster's own grace period ends sooner
+CHECK_IN_SECONDS = 10  # of a launcher that was signalled, for the others to leave with it
 
 
 def main(arguments: list[str]) -> int:
@@ -29,6 +31,7 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    _tell_others_who_was_signalled()
     failure = None
     with tempfile.TemporaryDirectory(prefix="exit-codes-") as folder:
         # Workers leave their exit code there and end with 0, unless they crash: so torchrun does not start them again.
@@ -52,6 +55,28 @@ def main(arguments: list[str]) -> int:
             return code
     stopped = EXIT_STOPPED in codes and failure != EXIT_ERROR
     return EXIT_STOPPED if stopped else failure or 0
+
+
+def _tell_others_who_was_signalled() -> None:
+    """Let a launcher that got a signal check in where the others wait for it once their workers have ended.
+
+    torch 2.13 does not, and they wait 300 s more: meanwhile a new start meets the addresses of dead workers there.
+    """
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    run = LocalElasticAgent.run
+
+    def run_and_check_in(agent: LocalElasticAgent, *arguments: Any) -> Any:
+        try:
+            return run(agent, *arguments)
+        except SignalException:
+            if agent._pcontext is not None:  # there were workers, so all launchers had met
+                agent._exit_barrier_timeout = CHECK_IN_SECONDS
+                agent._exit_barrier()
+            raise
+
+    LocalElasticAgent.run = run_and_check_in  # type: ignore[method-assign]
 
 
 def _leave(number: int, _: object) -> None:
