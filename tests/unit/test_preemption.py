@@ -103,3 +103,14 @@ def test_processes_that_slow_down_agree_at_each_step_again(start):
     for _ in range(2 * preemption.MOST_STEPS):
         one.agree(), other.agree()
     assert one.started[-3:] == [one.step - 2, one.step - 1, one.step]
+
+
+def test_a_save_that_was_asked_for_again_while_they_agreed_happens_once(start):
+    one, other = start(1.0, 1.0)
+    heard = []
+    for step in range(6):
+        if step < 2:
+            one.preemption.wish = Request.SAVE  # minutes have passed, and no save is in sight yet
+        heard.append((one.agree(), other.agree()))
+    assert heard.count((Request.SAVE, Request.SAVE)) == 1
+    assert heard.count((Request.NOTHING, Request.NOTHING)) == 5

@@ -89,6 +89,8 @@ class Preemption:
             work.wait()
             wish, negative_steps = value.tolist()
             agreed, self._left = Request(wish), -negative_steps - 1
+            if agreed is self.wish is Request.SAVE:  # asked for again while the processes agreed
+                self.wish = Request.NOTHING
         elif self._left > 0:
             self._left -= 1
         self._steps += 1
