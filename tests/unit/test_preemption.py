@@ -65,7 +65,7 @@ def test_slow_steps_agree_at_each_step_and_act_one_step_later(start):
 
 @pytest.mark.parametrize("asked", range(1, 20))
 def test_fast_steps_agree_now_and_then_and_all_act_at_the_same_step(start, asked):
-    one, other = start(1 / 1024, 1 / 128)  # the slower one decides: 6 steps in 0.05 s
+    one, other = start(1 / 1024, 1 / 64)  # the slower one decides: 6 steps in 0.1 s
     acted = None
     for step in range(1, 200):
         if step == asked:
