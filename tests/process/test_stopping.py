@@ -17,6 +17,7 @@ SETTINGS = [
     "--early_stopping_patience", 6, "--checkpoint_every", 1000, "--seed", 3,
 ]  # fmt: skip
 LAST = 16
+AT_EACH_STEP = ("set_attribute", "train.engine.preemption", "MOST_STEPS", 1)  # processes agree then
 SMALL_BATCHES = ("set_attribute", "train.classify", "EVALUATION_BATCH", 20)  # of validation: 9 on one process, 5 on two
 
 
@@ -25,9 +26,8 @@ def test_a_file_stops_the_run(classify, processes):
     file = classify.folder / "stop"
     environment = {"EXACT_TRAINING_STOP_FILE": str(file)}
     classify.run("straight", *SETTINGS, processes=processes)
-    stopped = classify.start(
-        "stopped", *SETTINGS, processes=processes, environment=environment, faults=[("touch_after", 5, file)]
-    ).wait()
+    faults = [("touch_after", 5, file), AT_EACH_STEP]
+    stopped = classify.start("stopped", *SETTINGS, processes=processes, environment=environment, faults=faults).wait()
     assert stopped.code == 75, stopped.output
     assert f"stopped by the file {file}" in stopped.output
     assert stopped.output.count("run the same command again to go on") == 1

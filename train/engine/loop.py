@@ -87,7 +87,7 @@ class Loop:
         self.state.model.train()
         first = True
         with Preemption(self.runtime.control) as preemption, self._progress_bar() as bar:
-            self.runtime.asked_to_stop = lambda: preemption.agree() >= Request.STOP
+            self.runtime.asked_to_stop = lambda: preemption.agree(at_once=True) >= Request.STOP
             request = Request.NOTHING
             if progress.unlogged is not None:
                 request = self._between_steps(request, preemption, bar)
