@@ -27,14 +27,19 @@ def main(arguments: list[str]) -> int:
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
+
+    from launch.rendezvous import meet_at_each_start
 
     failure = None
     with tempfile.TemporaryDirectory(prefix="exit-codes-") as folder:
         # Workers leave their exit code there and end with 0, unless they crash: so torchrun does not start them again.
         os.environ["EXACT_TRAINING_EXIT_CODES"] = folder
         try:
-            run(parse_args(["--signals-to-handle", ",".join(SIGNALS), *arguments]))
+            options = parse_args(["--signals-to-handle", ",".join(SIGNALS), *arguments])
+            meet_at_each_start(options)
+            run(options)
         except ChildFailedError as error:
             failure = EXIT_ERROR
             for rank, worker in sorted(error.failures.items(), key=lambda item: item[1].timestamp):
@@ -42,6 +47,9 @@ def main(arguments: list[str]) -> int:
                 if worker.exitcode < 0:
                     how = signal.Signals(-worker.exitcode).name
                 print(f"rank {rank} on {os.uname().nodename}: {how} (process {worker.pid})", file=sys.stderr)
+        except RendezvousError as error:
+            failure = EXIT_ERROR
+            print(f"error: {error}", file=sys.stderr)
         except SignalException as error:
             failure = 128 + error.sigval
         for name in SIGNALS:  # what is left takes an instant
@@ -60,4 +68,7 @@ def _leave(number: int, _: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)  # a thread that still waits for a lost machine would end in SIGABRT

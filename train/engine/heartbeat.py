@@ -15,6 +15,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from train.engine.errors import LostProcessError
 
 EVERY_SECONDS = 5.0
+ANSWER_SECONDS = 5.0
 
 
 class Heartbeat:
@@ -35,16 +36,15 @@ class Heartbeat:
 
     def _describe_most_silent(self) -> str:
         """Return a line on the process that has been silent for longest; which is why the others wait."""
-        assert self._store is not None
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        everyone = range(dist.get_world_size())
         try:
-            known = {
-                rank: json.loads(self._store.get(str(rank)))
-                for rank in range(dist.get_world_size())
-                if self._store.check([str(rank)])
-            }
-        except (RuntimeError, ValueError) as error:  # the store lives with rank 0, or with its launcher
-            return f"the machine of rank 0 does not answer ({error})".splitlines()[0]
-        silent = sorted(set(range(dist.get_world_size())) - known.keys())
+            # A store waits for a machine that does not answer as long as TCP does: 15 minutes. This has a limit.
+            socket.create_connection(address, ANSWER_SECONDS).close()
+            known = {rank: json.loads(self._store.get(str(rank))) for rank in everyone if self._store.check([str(rank)])}
+        except (OSError, RuntimeError, ValueError) as error:  # the store lives with rank 0, or with its launcher
+            return f"the machine of rank 0 ({address[0]}) does not answer ({error})".splitlines()[0]
+        silent = sorted(set(everyone) - known.keys())
         if silent:
             return f"never heard of rank(s) {silent}"
         rank, last = min(known.items(), key=lambda item: item[1]["time"])

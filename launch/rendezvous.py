@@ -1,0 +1,130 @@
+"""How the launchers of several machines meet, each time that they start workers, and leave.
+
+torchrun's static rendezvous meets once (torch 2.13): a machine starts crashed workers again although the others do not
+know of the crash yet, and gloo finds addresses of dead processes in a store that is still the same. So restarts are
+used up in vain. Here a start begins when all machines are there, with an empty store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import socket
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch.distributed import PrefixStore, TCPStore
+from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
+from torch.distributed.elastic.rendezvous import (
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    RendezvousTimeoutError,
+    rendezvous_handler_registry,
+)
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+from torch.distributed.elastic.utils.store import barrier
+
+BACKEND = "static-each-start"
+WAITING_SECONDS = 600  # for all machines, as torchrun
+LEAVING_SECONDS = 30  # torchrun has 300; the workers themselves leave within a second of each other, or in an error
+Value = TypeVar("Value")
+
+
+class Meeting(StaticTCPRendezvous):
+    """A static rendezvous that takes place at every start of the workers."""
+
+    _starts = 0
+    _awaited = 0  # number of a machine
+
+    def get_backend(self) -> str:
+        """Return the name of this kind of rendezvous."""
+        return BACKEND
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Wait for all machines.
+
+        Raises:
+            RendezvousTimeoutError: one did not come; the message says which.
+        """
+        try:
+            return _within(self.timeout.total_seconds(), self._meet)
+        except (TimeoutError, RuntimeError) as error:  # what a store raises is a RuntimeError
+            raise RendezvousTimeoutError(
+                f"{socket.gethostname()} waited in vain for machine {self._awaited} of 0 to {self.world_size - 1}, "
+                f"meeting at {self.master_addr} port {self.master_port} (--rdzv-conf timeout="
+                f"{self.timeout.total_seconds():.0f}). Checkpoints are intact: run the command again on all machines. "
+                f"({str(error).splitlines()[0] if str(error) else 'no answer'})"
+            ) from error
+
+    def _meet(self) -> RendezvousInfo:
+        self._starts += 1
+        self._awaited = 0
+        host = self.rank == 0
+        if self._store is None:
+            self._store = TCPStore(
+                self.master_addr, self.master_port, None, host, self.timeout, wait_for_workers=False, multi_tenant=True
+            )
+        store = PrefixStore(f"{self.run_id}-{self._starts}", self._store)
+        store.set(f"machine-{self.rank}", "here")
+        for number in range(self.world_size):
+            self._awaited = number
+            store.wait([f"machine-{number}"], self.timeout)
+        if host:  # in this process, so that the others learn who is lost even if rank 0 is
+            self._of_workers = TCPStore(self.master_addr, 0, None, True, self.timeout, wait_for_workers=False)
+        port = self._of_workers.port if host else None
+        place = RendezvousStoreInfo.build(self.rank, store, self.master_addr, port)
+        return RendezvousInfo(store, self.rank, self.world_size, place)
+
+
+def meet_at_each_start(options: argparse.Namespace) -> None:
+    """Change torchrun's options from its static rendezvous to this one, and how launchers wait at the end."""
+    SimpleElasticAgent._exit_barrier = _leave_together  # type: ignore[method-assign]
+    alone = options.nnodes in ("1", "1:1") and options.master_port is None and not options.rdzv_endpoint
+    if options.rdzv_backend != "static" or options.standalone or alone:
+        return
+    options.rdzv_endpoint = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port or 29500}"
+    options.rdzv_conf = ",".join(filter(None, [options.rdzv_conf, f"rank={options.node_rank}"]))
+    options.rdzv_backend, options.node_rank = BACKEND, 0
+    rendezvous_handler_registry.register(BACKEND, _create)
+
+
+def _create(parameters: RendezvousParameters) -> Meeting:
+    address, port = parse_rendezvous_endpoint(parameters.endpoint, 29500)
+    rank, seconds = int(parameters.config["rank"]), parameters.get_as_int("timeout", WAITING_SECONDS) or 0
+    return Meeting(address, port, rank, parameters.max_nodes, parameters.run_id, seconds)
+
+
+def _leave_together(agent: SimpleElasticAgent) -> None:
+    """Wait a moment for the other launchers: the store is on the machine of the first."""
+    store, size = agent._store, agent._worker_group.group_world_size
+    with contextlib.suppress(RuntimeError, TimeoutError):  # the others are gone
+        _within(LEAVING_SECONDS, lambda: barrier(store, size or 1, "leave", LEAVING_SECONDS))
+
+
+def _within(seconds: float, work: Callable[[], Value]) -> Value:
+    """Return what `work` does, which may wait for a machine that does not answer for as long as TCP tries.
+
+    Raises:
+        TimeoutError: it takes longer.
+        RuntimeError: of a store.
+    """
+    outcome: list[Value] = []
+    errors: list[RuntimeError] = []
+
+    def try_work() -> None:
+        try:
+            outcome.append(work())
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=try_work, daemon=True)
+    thread.start()
+    thread.join(seconds + 1)  # its own time limits come first
+    if errors:
+        raise errors[0]
+    if not outcome:
+        raise TimeoutError
+    return outcome[0]
