@@ -11,10 +11,11 @@ import argparse
 import contextlib
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore
 from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
 from torch.distributed.elastic.rendezvous import (
     RendezvousInfo,
@@ -25,11 +26,10 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
-from torch.distributed.elastic.utils.store import barrier
 
 BACKEND = "static-each-start"
 WAITING_SECONDS = 600  # for all machines, as torchrun
-LEAVING_SECONDS = 30  # torchrun has 300; the workers themselves leave within a second of each other, or in an error
+LEAVING_SECONDS = 10  # torchrun has 300; the workers leave together, so it is only long when some did not end well
 Value = TypeVar("Value")
 
 
@@ -68,10 +68,8 @@ class Meeting(StaticTCPRendezvous):
                 self.master_addr, self.master_port, None, host, self.timeout, wait_for_workers=False, multi_tenant=True
             )
         store = PrefixStore(f"{self.run_id}-{self._starts}", self._store)
-        store.set(f"machine-{self.rank}", "here")
-        for number in range(self.world_size):
+        for number in _say_and_await("come", self.rank, self.world_size, store):
             self._awaited = number
-            store.wait([f"machine-{number}"], self.timeout)
         if host:  # in this process, so that the others learn who is lost even if rank 0 is
             self._of_workers = TCPStore(self.master_addr, 0, None, True, self.timeout, wait_for_workers=False)
         port = self._of_workers.port if host else None
@@ -99,9 +97,19 @@ def _create(parameters: RendezvousParameters) -> Meeting:
 
 def _leave_together(agent: SimpleElasticAgent) -> None:
     """Wait a moment for the other launchers: the store is on the machine of the first."""
-    store, size = agent._store, agent._worker_group.group_world_size
+    group = agent._worker_group
+    everyone = _say_and_await("leave", group.group_rank, group.group_world_size, agent._store)
     with contextlib.suppress(RuntimeError, TimeoutError):  # the others are gone
-        _within(LEAVING_SECONDS, lambda: barrier(store, size or 1, "leave", LEAVING_SECONDS))
+        _within(LEAVING_SECONDS, lambda: list(everyone))
+
+
+def _say_and_await(word: str, rank: int | None, size: int | None, store: Store) -> Iterator[int]:
+    """Leave a word and give the number of each machine before waiting for its word."""
+    store.set(f"{word}-{rank}", "")
+    for number in range(size or 1):
+        yield number
+        while not store.check([f"{word}-{number}"]):  # store.wait prints a trace when the store ends
+            time.sleep(0.1)
 
 
 def _within(seconds: float, work: Callable[[], Value]) -> Value:

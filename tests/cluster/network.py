@@ -144,7 +144,8 @@ class Network:
         subprocess.run(list(map(str, command)), check=True)
         self._switch.run("ip", "link", "set", _port(number), "master", "bridge", "up")
         machine.run("ip", "address", "add", f"{self.address(number)}/24", "dev", "eth0")
-        machine.run("ip", "link", "set", "eth0", "up")
+        # The same hardware address after a loss: neighbours remember it for a while.
+        machine.run("ip", "link", "set", "eth0", "address", f"02:00:00:00:00:{number + 1:02x}", "up")
 
     def lose(self, number) -> None:
         """End a machine as when its power is cut: nothing that it has not sent yet is sent."""
