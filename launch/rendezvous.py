@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch.distributed import PrefixStore, Store, TCPStore
 from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
@@ -28,7 +28,7 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 BACKEND = "static-each-start"
-WAITING_SECONDS = 600  # for all machines, as torchrun
+WAITING_SECONDS = 2400  # torchrun has 600; other workers may notice a loss after --collective_timeout_seconds, 1800
 LEAVING_SECONDS = 10  # torchrun has 300; the workers leave together, so it is only long when some did not end well
 Value = TypeVar("Value")
 
@@ -68,7 +68,7 @@ class Meeting(StaticTCPRendezvous):
                 self.master_addr, self.master_port, None, host, self.timeout, wait_for_workers=False, multi_tenant=True
             )
         store = PrefixStore(f"{self.run_id}-{self._starts}", self._store)
-        for number in _say_and_await("come", self.rank, self.world_size, store):
+        for number in _say_and_await("come", self.rank, self.world_size, store, self.timeout.total_seconds()):
             self._awaited = number
         if host:  # in this process, so that the others learn who is lost even if rank 0 is
             self._of_workers = TCPStore(self.master_addr, 0, None, True, self.timeout, wait_for_workers=False)
@@ -97,18 +97,25 @@ def _create(parameters: RendezvousParameters) -> Meeting:
 
 def _leave_together(agent: SimpleElasticAgent) -> None:
     """Wait a moment for the other launchers: the store is on the machine of the first."""
-    group = agent._worker_group
-    everyone = _say_and_await("leave", group.group_rank, group.group_world_size, agent._store)
+    group: Any = agent._worker_group
+    everyone = _say_and_await("leave", group.group_rank, group.group_world_size, group.store, LEAVING_SECONDS)
     with contextlib.suppress(RuntimeError, TimeoutError):  # the others are gone
         _within(LEAVING_SECONDS, lambda: list(everyone))
 
 
-def _say_and_await(word: str, rank: int | None, size: int | None, store: Store) -> Iterator[int]:
-    """Leave a word and give the number of each machine before waiting for its word."""
+def _say_and_await(word: str, rank: int, size: int, store: Store, seconds: float) -> Iterator[int]:
+    """Leave a word and give the number of each machine before waiting for its word.
+
+    Raises:
+        TimeoutError: after that time one is missing.
+    """
+    end = time.monotonic() + seconds
     store.set(f"{word}-{rank}", "")
-    for number in range(size or 1):
+    for number in range(size):
         yield number
         while not store.check([f"{word}-{number}"]):  # store.wait prints a trace when the store ends
+            if time.monotonic() > end:
+                raise TimeoutError
             time.sleep(0.1)
 
 
@@ -117,20 +124,20 @@ def _within(seconds: float, work: Callable[[], Value]) -> Value:
 
     Raises:
         TimeoutError: it takes longer.
-        RuntimeError: of a store.
+        RuntimeError: the store is gone.
     """
     outcome: list[Value] = []
-    errors: list[RuntimeError] = []
+    errors: list[RuntimeError | TimeoutError] = []
 
     def try_work() -> None:
         try:
             outcome.append(work())
-        except RuntimeError as error:
+        except (RuntimeError, TimeoutError) as error:
             errors.append(error)
 
     thread = threading.Thread(target=try_work, daemon=True)
     thread.start()
-    thread.join(seconds + 1)  # its own time limits come first
+    thread.join(seconds + 1)  # the limits of `work` come first
     if errors:
         raise errors[0]
     if not outcome:

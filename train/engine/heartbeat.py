@@ -15,8 +15,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 from train.engine.errors import LostProcessError, is_of_exchange
 
 EVERY_SECONDS = 5.0
-ANSWER_SECONDS = 5.0
-ALL_SECONDS = 2.0  # in which all that wait in vain say that they are there
+ANSWER_SECONDS = 3.0
+ALL_SECONDS = 1.0  # in which all that wait in vain say that they are there
 
 
 class Heartbeat:
