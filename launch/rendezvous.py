@@ -96,11 +96,11 @@ def _create(parameters: RendezvousParameters) -> Meeting:
 
 
 def _leave_together(agent: SimpleElasticAgent) -> None:
-    """Wait a moment for the other launchers: the store is on the machine of the first."""
+    """Wait a moment for the other launchers where their store is; without it they would print a trace."""
     group: Any = agent._worker_group
-    everyone = _say_and_await("leave", group.group_rank, group.group_world_size, group.store, LEAVING_SECONDS)
-    with contextlib.suppress(RuntimeError, TimeoutError):  # the others are gone
-        _within(LEAVING_SECONDS, lambda: list(everyone))
+    others = _say_and_await("leave", group.group_rank, group.group_world_size, group.store, LEAVING_SECONDS)
+    with contextlib.suppress(RuntimeError, TimeoutError):  # they are gone
+        _within(LEAVING_SECONDS, lambda: list(others) if group.group_rank == 0 else next(others))
 
 
 def _say_and_await(word: str, rank: int, size: int, store: Store, seconds: float) -> Iterator[int]:
@@ -113,7 +113,7 @@ def _say_and_await(word: str, rank: int, size: int, store: Store, seconds: float
     store.set(f"{word}-{rank}", "")
     for number in range(size):
         yield number
-        while not store.check([f"{word}-{number}"]):  # store.wait prints a trace when the store ends
+        while not store.check([f"{word}-{number}"]):
             if time.monotonic() > end:
                 raise TimeoutError
             time.sleep(0.1)

@@ -50,7 +50,8 @@ def test_nobody_waits_for_long_for_a_launcher_that_is_gone(monkeypatch, capfd):
     assert rendezvous.LEAVING_SECONDS <= 10
     monkeypatch.setattr(rendezvous, "LEAVING_SECONDS", 0)
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    group = SimpleNamespace(group_rank=0, group_world_size=2, store=store)
-    rendezvous._leave_together(SimpleNamespace(_worker_group=group))
-    assert store.check(["leave-0"])
+    for number in (0, 1):
+        group = SimpleNamespace(group_rank=number, group_world_size=3, store=store)
+        rendezvous._leave_together(SimpleNamespace(_worker_group=group))
+    assert store.check(["leave-0", "leave-1"])
     assert "Error" not in capfd.readouterr().err
