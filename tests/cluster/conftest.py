@@ -1,4 +1,4 @@
-"""What the tests with a real SLURM share.
+"""What the tests with a real SLURM, or with machines of their own, share.
 
 With pytest-xdist each worker that gets such a test starts a SLURM of its own, in a second and with ports and a folder
 of its own: so nothing is shared, and nobody waits for another worker.
