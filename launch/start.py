@@ -12,12 +12,10 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 EXIT_ERROR, EXIT_USAGE, EXIT_PREFLIGHT, EXIT_STOPPED = 1, 2, 3, 75
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 SAVING_SECONDS = 3600  # the cluster's own grace period ends sooner
-CHECK_IN_SECONDS = 10  # of a launcher that was signalled, for the others to leave with it
 
 
 def main(arguments: list[str]) -> int:
@@ -29,15 +27,19 @@ def main(arguments: list[str]) -> int:
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
 
-    _tell_others_who_was_signalled()
+    from launch.rendezvous import meet_at_each_start
+
     failure = None
     with tempfile.TemporaryDirectory(prefix="exit-codes-") as folder:
         # Workers leave their exit code there and end with 0, unless they crash: so torchrun does not start them again.
         os.environ["EXACT_TRAINING_EXIT_CODES"] = folder
         try:
-            run(parse_args(["--signals-to-handle", ",".join(SIGNALS), *arguments]))
+            options = parse_args(["--signals-to-handle", ",".join(SIGNALS), *arguments])
+            meet_at_each_start(options)
+            run(options)
         except ChildFailedError as error:
             failure = EXIT_ERROR
             for rank, worker in sorted(error.failures.items(), key=lambda item: item[1].timestamp):
@@ -45,6 +47,9 @@ def main(arguments: list[str]) -> int:
                 if worker.exitcode < 0:
                     how = signal.Signals(-worker.exitcode).name
                 print(f"rank {rank} on {os.uname().nodename}: {how} (process {worker.pid})", file=sys.stderr)
+        except RendezvousError as error:
+            failure = EXIT_ERROR
+            print(f"error: {error}", file=sys.stderr)
         except SignalException as error:
             failure = 128 + error.sigval
         for name in SIGNALS:  # what is left takes an instant
@@ -57,32 +62,13 @@ def main(arguments: list[str]) -> int:
     return EXIT_STOPPED if stopped else failure or 0
 
 
-def _tell_others_who_was_signalled() -> None:
-    """Let a launcher that got a signal check in where the others wait for it once their workers have ended.
-
-    torch 2.13 does not, and they wait 300 s more: meanwhile a new start meets the addresses of dead workers there.
-    """
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-
-    run = LocalElasticAgent.run
-
-    def run_and_check_in(agent: LocalElasticAgent, *arguments: Any) -> Any:
-        try:
-            return run(agent, *arguments)
-        except SignalException:
-            if agent._pcontext is not None:  # there were workers, so all launchers had met
-                agent._exit_barrier_timeout = CHECK_IN_SECONDS
-                agent._exit_barrier()
-            raise
-
-    LocalElasticAgent.run = run_and_check_in  # type: ignore[method-assign]
-
-
 def _leave(number: int, _: object) -> None:
     print(f"{signal.Signals(number).name} before the start: nothing to save", file=sys.stderr)
     sys.exit(EXIT_STOPPED)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)  # a thread that still waits for a lost machine would end in SIGABRT

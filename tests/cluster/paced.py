@@ -1,6 +1,6 @@
 """train/classify.py at a pace that a test can act on, and with a defect that it asks for.
 
-STEP_SECONDS: seconds that a step takes at least, in the first SLOW_STARTS starts of a job (default 1).
+STEP_SECONDS: seconds that a step takes at least, in the first SLOW_STARTS starts of a job or launcher (default 1).
 CRASH_AFTER: a step after which every start ends with an error, once its checkpoint, if one is due, is on the disk.
 """
 
@@ -10,7 +10,8 @@ import time
 from train import classify
 from train.engine.loop import Loop
 
-SLOW = int(os.environ.get("SLURM_RESTART_COUNT", "0")) < int(os.environ.get("SLOW_STARTS", "1"))
+STARTS = sum(int(os.environ.get(name, "0")) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+SLOW = int(os.environ.get("SLOW_STARTS", "1")) > STARTS
 SECONDS = float(os.environ.get("STEP_SECONDS", "0")) if SLOW else 0.0
 CRASH_AFTER = int(os.environ.get("CRASH_AFTER", "-1"))
 

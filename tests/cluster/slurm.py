@@ -1,12 +1,9 @@
 """A real SLURM on this machine: munged, slurmctld and two slurmd, in a folder of their own."""
 
-import contextlib
-import fcntl
 import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.cluster.host import all_processes, install_missing, kill_all, parent_of, read_process
+
+ROOT = Path(__file__).parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 NODES = ("n1", "n2")
@@ -46,19 +46,7 @@ def missing_reason() -> str | None:
     """Install SLURM where that is possible; return why there is none, or None."""
     if os.geteuid() != 0:  # munged and slurmd want to own their files and change user
         return "SLURM's daemons have to be started by root"
-    with open(Path(tempfile.gettempdir()) / "tests-slurm-install.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several workers of pytest-xdist
-        if _missing() and shutil.which("apt-get"):
-            environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-            install = ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES]
-            for command in (["apt-get", "update"], install):
-                subprocess.run(command, env=environment, capture_output=True, timeout=600, check=False)
-    missing = _missing()
-    return f"not installed, and apt-get could not: {' '.join(missing)}" if missing else None
-
-
-def _missing() -> list[str]:
-    return [program for program in PROGRAMS if shutil.which(program) is None]
+    return install_missing(PROGRAMS, PACKAGES)
 
 
 class Slurm:
@@ -82,8 +70,8 @@ class Slurm:
         self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
         self.daemons: dict[str, subprocess.Popen] = {}
         # Ends all when its input does: when this process leaves, or is killed, as pytest-xdist does with its workers.
-        keeper = [sys.executable, __file__, str(self.folder)]
-        self._keeper = subprocess.Popen(keeper, stdin=subprocess.PIPE, start_new_session=True)
+        keeper = [sys.executable, "-m", "tests.cluster.slurm", str(self.folder)]
+        self._keeper = subprocess.Popen(keeper, cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True)
 
     def __enter__(self):
         try:
@@ -116,10 +104,10 @@ class Slurm:
     def lose_node(self, node) -> None:
         """SIGKILL a node's daemon and everything that runs on it, as when its power is cut."""
         tasks = _processes(self.folder, f"SLURMD_NODENAME={node}".encode())
-        parents = {_parent(task) for task in tasks}
-        stepds = {pid for pid in parents if pid > 1 and b"slurmstepd" in _read(pid, "cmdline")}
+        parents = {parent_of(task) for task in tasks}
+        stepds = {pid for pid in parents if pid > 1 and b"slurmstepd" in read_process(pid, "cmdline")}
         self.daemons[node].kill()
-        _kill(stepds | tasks)
+        kill_all(stepds | tasks)
         self.daemons[node].wait()
 
     def wait_idle(self) -> None:
@@ -173,7 +161,7 @@ class Slurm:
 def end_all(folder: Path) -> None:
     """SIGKILL all processes of the SLURM in that folder, and remove the folder."""
     while found := _processes(folder):
-        _kill(found)
+        kill_all(found)
         time.sleep(0.05)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -181,29 +169,11 @@ def end_all(folder: Path) -> None:
 def _processes(folder, also=b"") -> set[int]:
     """Return the processes that belong to a SLURM, and have another variable in their environment."""
     found = set()
-    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
-        environment = _read(pid, "environ").split(b"\0")
+    for pid in all_processes():
+        environment = read_process(pid, "environ").split(b"\0")
         if f"SLURM_CONF={folder}/slurm.conf".encode() in environment and (not also or also in environment):
             found.add(pid)
     return found
-
-
-def _kill(pids) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def _read(pid, name) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/{name}").read_bytes()
-    except OSError:
-        return b""
-
-
-def _parent(pid) -> int:
-    fields = _read(pid, "stat").rpartition(b")")[2].split()
-    return int(fields[1]) if fields else 0
 
 
 def _free_ports(count) -> list[int]:

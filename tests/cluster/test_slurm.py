@@ -3,30 +3,20 @@
 Two nodes with a process each, two starts in most tests; a start takes about ten seconds on two cores.
 """
 
-import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.process.conftest import Runs
-
-ROOT = Path(__file__).parents[2]
-STEPS = 40
-SETTINGS = [
-    "--model", "mlp", "--batch_size", "160", "--lr_scheduler", "cosine", "--max_train_steps", str(STEPS),
-    "--log_every", "2", "--eval_every", "20", "--checkpoint_every", "4", "--preflight", "off",
-]  # fmt: skip
-ALL_LINES = [*range(2, STEPS + 1, 2), STEPS]  # of metrics.jsonl; the last one holds the score of the test split
+from tests.cluster.runs import ROOT, SETTINGS, STEPS, PacedRuns
 
 
-class Jobs(Runs):
+class Jobs(PacedRuns):
     """Runs jobs in a folder of its own."""
 
     def __init__(self, folder, slurm):
-        super().__init__(folder, "classify")
+        super().__init__(folder)
         self.slurm = slurm
 
     def submit(self, name, *flags, options=("--nodes=2",), tracker="none", **environment):
@@ -46,24 +36,15 @@ class Jobs(Runs):
         """Return what a node printed."""
         return (self.folder / name / "logs" / f"node-{node}.txt").read_text()
 
-    def identity(self, name):
-        """Return the id of a run."""
-        return json.loads((self.folder / name / "run.json").read_text())["id"]
-
-    def wait_step(self, name, step):
-        """Wait until a run has a checkpoint of that step or a later one; return its id."""
-        end = time.monotonic() + 180
-        while not self.steps(name) or self.steps(name)[-1] < step:
-            assert time.monotonic() < end, self.slurm.describe()
-            time.sleep(0.05)
-        return self.identity(name)
+    def describe(self):
+        """Return what helps where a run does not go on."""
+        return self.slurm.describe()
 
     def assert_done(self, name, job, straight="straight"):
         """Fail unless the job is done, and its run equals the one without interruption."""
         ended = self.slurm.wait_end(job)
         assert ended["JobState"] == "COMPLETED", self.decisions(name) + self.printed(name, 0)
-        self.assert_same(straight, name, STEPS)
-        assert [line["step"] for line in self.metrics(name)] == ALL_LINES
+        self.assert_whole(name, straight)
         return ended
 
 
@@ -133,8 +114,7 @@ def test_crash_is_tried_again_only_after_a_new_checkpoint(jobs):
 def test_lost_node(jobs):
     job = jobs.submit("lost", STEP_SECONDS="0.5")
     identity = jobs.wait_step("lost", 8)
-    while '"step": 10,' not in (jobs.folder / "lost" / "metrics.jsonl").read_text():  # a line that is to be taken back
-        time.sleep(0.05)
+    jobs.wait_line("lost", 10)  # which is to be taken back
     jobs.slurm.lose_node("n2")
     assert jobs.steps("lost")[-1] == 8
     try:

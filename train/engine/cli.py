@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import socket
 import sys
 import time
 import traceback
@@ -25,6 +26,7 @@ from train.engine.errors import (
     LostProcessError,
     TrainingError,
     UsageError,
+    is_of_exchange,
 )
 from train.engine.settings import RunSettings, check_settings
 from train.engine.signals import StoppedEarlyError, leave_on_signals
@@ -157,9 +159,17 @@ def run_script(
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         code = EXIT_ERROR
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception:  # a defect: not swallowed but shown whole, so that every way out passes through sys.exit below
+    except Exception as error:
         code = EXIT_ERROR
-        traceback.print_exc()
+        if is_of_exchange(error):  # before training; the process that left has said why
+            print(
+                f"error: rank {os.environ.get('RANK')} on {socket.gethostname()} waits for other processes in vain: "
+                f"see what they printed ({str(error).split('. ')[0]})",
+                file=sys.stderr,
+                flush=True,
+            )
+        else:  # a defect: not swallowed but shown whole, so that every way out passes through sys.exit below
+            traceback.print_exc()
     sys.exit(_hand_over(code))
 
 
@@ -177,8 +187,9 @@ def _hand_over(code: int) -> int:
 
 
 def _print_error(text: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:  # the others found the same
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # the others found the same, but a machine alone may lack a file
         print(text, file=sys.stderr, flush=True)
+    if int(os.environ.get("RANK", "0")) == 0:
         return
     met = getattr(sys.modules.get("torch.distributed"), "is_initialized", bool)  # bool() is False
     if not met():

@@ -24,3 +24,8 @@ class TrainingError(RuntimeError):
 
 class LostProcessError(TrainingError):
     """Other processes crashed, hang or cannot be reached. Every process that notices says so."""
+
+
+def is_of_exchange(error: Exception) -> bool:
+    """Say whether an error is of torch's exchange between processes, which fails where one of them is gone."""
+    return isinstance(error, RuntimeError) and ("gloo" in str(error) or type(error).__name__.startswith("Dist"))

@@ -12,9 +12,11 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from train.engine.errors import LostProcessError
+from train.engine.errors import LostProcessError, is_of_exchange
 
 EVERY_SECONDS = 5.0
+ANSWER_SECONDS = 3.0
+ALL_SECONDS = 1.0  # in which all that wait in vain say that they are there
 
 
 class Heartbeat:
@@ -23,28 +25,36 @@ class Heartbeat:
     def __init__(self) -> None:
         self._store = dist.PrefixStore("heartbeat", _get_default_store()) if dist.is_initialized() else None
         self._latest = 0.0
+        self._step = 0
 
     def beat(self, step: int) -> None:
         """Say that this process has finished a step."""
+        self._step = step
         now = time.monotonic()
         if self._store is None or now - self._latest < EVERY_SECONDS:
             return
         self._latest = now
-        place = {"host": socket.gethostname(), "process": os.getpid(), "step": step, "time": time.time()}
-        self._store.set(str(dist.get_rank()), json.dumps(place))
+        self._say_where(self._store)
+
+    def _say_where(self, store: dist.Store) -> None:
+        place = {"host": socket.gethostname(), "process": os.getpid(), "step": self._step, "time": time.time()}
+        store.set(str(dist.get_rank()), json.dumps(place))
 
     def _describe_most_silent(self) -> str:
         """Return a line on the process that has been silent for longest; which is why the others wait."""
-        assert self._store is not None
+        store = self._store
+        assert store is not None
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        everyone = range(dist.get_world_size())
         try:
-            known = {
-                rank: json.loads(self._store.get(str(rank)))
-                for rank in range(dist.get_world_size())
-                if self._store.check([str(rank)])
-            }
-        except (RuntimeError, ValueError) as error:  # the store lives with rank 0, or with its launcher
-            return f"the machine of rank 0 does not answer ({error})".splitlines()[0]
-        silent = sorted(set(range(dist.get_world_size())) - known.keys())
+            # A store waits for a machine that does not answer as long as TCP does: 15 minutes. This has a limit.
+            socket.create_connection(address, ANSWER_SECONDS).close()
+            self._say_where(store)
+            time.sleep(ALL_SECONDS)
+            known = {rank: json.loads(store.get(str(rank))) for rank in everyone if store.check([str(rank)])}
+        except (OSError, RuntimeError, ValueError) as error:  # the store lives with rank 0, or with its launcher
+            return f"the machine of rank 0 ({address[0]}) does not answer ({error})".splitlines()[0]
+        silent = sorted(set(everyone) - known.keys())
         if silent:
             return f"never heard of rank(s) {silent}"
         rank, last = min(known.items(), key=lambda item: item[1]["time"])
@@ -63,7 +73,7 @@ class Heartbeat:
         try:
             yield
         except RuntimeError as error:
-            if self._store is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            if self._store is None or not is_of_exchange(error):
                 raise
             raise LostProcessError(
                 f"rank {dist.get_rank()} on {socket.gethostname()} waits for other processes in vain; "
