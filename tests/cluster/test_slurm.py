@@ -3,6 +3,7 @@
 Two nodes with a process each, two starts in most tests; a start takes about ten seconds on two cores.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
