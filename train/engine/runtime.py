@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
+from train.engine.deepspeed import check_deepspeed, check_installed
 from train.engine.errors import TrainingError, UsageError
 from train.engine.randomness import seed_all, use_deterministic_algorithms
 from train.engine.settings import RunSettings
@@ -121,8 +122,9 @@ def start_runtime(settings: RunSettings) -> Runtime:
     """Start Accelerate, check what it made of the request, and seed everything.
 
     Raises:
-        UsageError: the precision asked for is not to be had on this device.
+        UsageError: the precision or the wrapper asked for is not to be had on this device.
     """
+    check_installed()
     timeout = timedelta(seconds=settings.timeout_seconds)
     try:
         accelerator = Accelerator(
@@ -137,15 +139,17 @@ def start_runtime(settings: RunSettings) -> Runtime:
         )
     except (ValueError, ImportError) as error:
         raise UsageError(f"--mixed_precision {settings.precision}: {error}") from error
+    check_deepspeed(accelerator)
     precision = accelerator.mixed_precision
     if precision == "fp16" and accelerator.scaler is None:  # Accelerate would go on without loss scaling
         raise UsageError(f"mixed precision fp16 is not to be had on {accelerator.device.type}: choose bf16 or no")
     if settings.precision not in (None, precision):
         raise UsageError(f"--mixed_precision {settings.precision}: Accelerate would use {precision!r}")
     kind = accelerator.distributed_type
-    other_wrappers = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    if kind in other_wrappers or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
-        raise UsageError(f"the launcher chose {kind.value}: use plain processes, or FSDP with fsdp_version: 2")
+    if kind == DistributedType.MEGATRON_LM or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
+        raise UsageError(
+            f"the launcher chose {kind.value}: use plain processes, DeepSpeed, or FSDP with fsdp_version: 2"
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UsageError(

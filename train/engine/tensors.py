@@ -15,9 +15,10 @@ Parts = Mapping[str, Mapping[str, torch.Tensor]]  # the files of a checkpoint
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel and torch.compile."""
+    """Return the model inside DistributedDataParallel, DeepSpeed and torch.compile."""
     while True:
-        if isinstance(model, DistributedDataParallel):
+        # By its name: DeepSpeed is imported only if it was chosen.
+        if isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
             model = model.module
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
