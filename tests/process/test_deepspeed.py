@@ -1,4 +1,4 @@
-"""Training with DeepSpeed's ZeRO stages 1 and 2: exact after a kill, and with plain processes on one and the same file."""
+"""Training with DeepSpeed's ZeRO stages: exact after a kill, and with plain processes on one and the same file."""
 
 import importlib.util
 

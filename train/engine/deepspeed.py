@@ -43,12 +43,17 @@ def check_deepspeed(accelerator: Accelerator) -> None:
         return
     if accelerator.mixed_precision == "fp16":
         raise UsageError("mixed precision fp16 is not to be had with DeepSpeed: choose bf16 or no")
-    config = accelerator.state.deepspeed_plugin.deepspeed_config
-    zero = config["zero_optimization"]
+    zero = zero_settings(accelerator)
     if zero["stage"] not in (1, 2):
         raise UsageError(f"DeepSpeed's zero_stage {zero['stage']}: choose 1 or 2, or FSDP with fsdp_version: 2")
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        raise UsageError("offload_optimizer_device: DeepSpeed's optimizer on the CPU is another one; choose none")
+        raise UsageError("DeepSpeed's offload_optimizer_device: choose none, or FSDP with fsdp_version: 2")
+
+
+def zero_settings(accelerator: Accelerator) -> dict[str, Any]:
+    """Return what the launcher wants of ZeRO."""
+    settings: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    return settings
 
 
 def _chosen() -> bool:
@@ -71,7 +76,7 @@ class Zero:
         if accelerator.mixed_precision == "bf16":
             _autocast(model, accelerator.device.type)
         config = {
-            "zero_optimization": accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"],
+            "zero_optimization": {key: value for key, value in zero_settings(accelerator).items() if value != "auto"},
             "train_micro_batch_size_per_gpu": 1,  # without meaning: nothing is divided by it
             "managed_gradient_accumulation": False,  # a call of `step` ends a batch, however many passes it had
             "gradient_clipping": settings.max_grad_norm,
@@ -107,7 +112,9 @@ class Zero:
         self._zero.refresh_fp32_params()
         states = self.optimizer.state
         for group, flat in self._groups():
-            like = next((states[parameter] for parameter in group["params"] if parameter in states), {})
+            like: dict[str, torch.Tensor] = next(
+                (states[parameter] for parameter in group["params"] if parameter in states), {}
+            )
             self._inner.state[flat] = {
                 key: value.clone() if key in COUNTERS else torch.zeros_like(flat) for key, value in like.items()
             }
@@ -136,4 +143,4 @@ class Zero:
 def _autocast(model: nn.Module, device_type: str) -> None:
     """Compute in bf16 with weights, gradients and sums in fp32, as on plain processes; DeepSpeed's own rounds them."""
     forward = torch.autocast(device_type, torch.bfloat16)(model.forward)
-    model.forward = convert_outputs_to_fp32(forward)  # type: ignore[method-assign]
+    model.forward = convert_outputs_to_fp32(forward)
