@@ -112,11 +112,10 @@ class Zero:
         self._zero.refresh_fp32_params()
         states = self.optimizer.state
         for group, flat in self._groups():
-            like: dict[str, torch.Tensor] = next(
-                (states[parameter] for parameter in group["params"] if parameter in states), {}
-            )
+            saved = [states[parameter] for parameter in group["params"] if parameter in states]
             self._inner.state[flat] = {
-                key: value.clone() if key in COUNTERS else torch.zeros_like(flat) for key, value in like.items()
+                key: value.clone() if key in COUNTERS else torch.zeros_like(flat)
+                for key, value in (saved[0] if saved else {}).items()
             }
         self._link()
         for parameter, values in states.items():
@@ -135,7 +134,7 @@ class Zero:
         ]
 
     def _link(self) -> None:
-        # DeepSpeed finds the states of a parameter after the first group's first step, before the others have any.
+        # DeepSpeed looks for the states of all groups once, after the first group's first step (0.19.8): too early.
         self._zero._hp_optimizer_states_linked = False
         self._zero._lazy_init_hp_params_optimizer_state()
 
