@@ -126,6 +126,35 @@ def use_fsdp2(rank, *layers):
     runtime.start_runtime, session.prepare_state = start_runtime, prepare_state
 
 
+def use_deepspeed(rank, stage):
+    """Let DeepSpeed train, which Accelerate leaves alone on CPUs (accelerate 1.15): test code only.
+
+    DeepSpeed would compile an exchange through shared memory first, for minutes; gloo does without.
+    """
+    from accelerate import DeepSpeedPlugin, DistributedType
+    from accelerate.state import AcceleratorState, PartialState
+    from deepspeed import ops
+
+    from train.engine import runtime
+    from train.engine.deepspeed import check_deepspeed
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    start = runtime.start_runtime
+
+    def start_runtime(settings):
+        started = start(settings)
+        plugin = DeepSpeedPlugin(zero_stage=stage)
+        plugin.set_mixed_precision(started.accelerator.mixed_precision)
+        plugin._set_selected(True)
+        AcceleratorState._shared_state["deepspeed_plugins"] = plugin
+        for states in (PartialState._shared_state, AcceleratorState._shared_state):
+            states["distributed_type"] = DistributedType.DEEPSPEED
+        check_deepspeed(started.accelerator)
+        return started
+
+    runtime.start_runtime = start_runtime
+
+
 def compile_nothing(rank):
     """Let `--compile` wrap the model and run its graphs as they are; compiling them takes minutes on a CPU."""
     import functools

@@ -148,7 +148,8 @@ class Loop:
     def _forward_backward(self, slot: Slot, batch_size: int, *, last: bool) -> dict[str, torch.Tensor]:
         """Add one slot's gradient of the mean loss over the global batch; processes exchange on the last slot."""
         accelerator = self.runtime.accelerator
-        with nullcontext() if last or self.reduction else accelerator.no_sync(self.state.model):
+        alone = last or self.reduction or self.state.zero
+        with nullcontext() if alone else accelerator.no_sync(self.state.model):
             values = self.measure(self.state.model, slot.batch)
             loss = values["loss"][: slot.count].sum()
             if not self.metric_names:
@@ -167,18 +168,36 @@ class Loop:
 
     def _apply(self, sums: torch.Tensor) -> None:
         """Clip the gradients and update the weights, unless anything is not finite."""
-        state, settings = self.state, self.settings
-        optimizer, scaler = state.optimizer, state.scaler
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if settings.max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(self.parameters, settings.max_grad_norm, norm)
-        norm = full(norm)
+        state, settings, zero = self.state, self.settings, self.state.zero
+        norm = self._clip() if zero is None else zero.step()
         clipped = (norm > (settings.max_grad_norm or math.inf)).to(norm.dtype)
         part = torch.cat([sums, torch.stack([norm, clipped, torch.ones_like(norm)]).to(sums.dtype)])
         finite = norm.isfinite()
+        if zero is None:
+            self._update(finite)
+        if state.window is None:
+            state.window = torch.zeros_like(part)
+        state.window += torch.where(finite, part, torch.zeros_like(part))
+        step = state.progress.step + 1
+        if state.ema is not None:
+            update_average(state.ema, self.live, settings.ema_decay, step)
+        self.guard.watch(step, state.optimizer.param_groups[0]["lr"], norm)
+        if self.on_cpu:
+            self._look_at_norms()
+
+    def _clip(self) -> torch.Tensor:
+        """Clip the gradients and return their norm before."""
+        if self.state.scaler is not None:
+            self.state.scaler.unscale_(self.state.optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.settings.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.settings.max_grad_norm, norm)
+        return full(norm)
+
+    def _update(self, finite: torch.Tensor) -> None:
+        """Update the weights if the gradients are finite, and drop the gradients."""
+        optimizer, scaler = self.state.optimizer, self.state.scaler
         if self.on_cpu and scaler is None:
             if finite:
                 optimizer.step()
@@ -192,15 +211,6 @@ class Loop:
         elif finite.item():  # waits for the device; only optimizers without a fused form pay
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if state.window is None:
-            state.window = torch.zeros_like(part)
-        state.window += torch.where(finite, part, torch.zeros_like(part))
-        step = state.progress.step + 1
-        if state.ema is not None:
-            update_average(state.ema, self.live, settings.ema_decay, step)
-        self.guard.watch(step, optimizer.param_groups[0]["lr"], norm)
-        if self.on_cpu:
-            self._look_at_norms()
 
     def _look_at_norms(self) -> None:
         for line in self.guard.look(self.state.progress):

@@ -12,7 +12,7 @@ from train.engine.settings import TrainSettings
 from train.engine.tensors import Tensors, copy_into, parameter_names
 
 # Numbers that torch.optim keeps on the CPU unless the optimizer is fused or capturable (torch 2.13).
-_COUNTERS = ("step", "mu_product")
+COUNTERS = ("step", "mu_product")
 # Settings that say how a step is computed, not which; FSDP2, say, does not have all of them.
 _KERNELS = ("foreach", "fused", "capturable", "differentiable")
 
@@ -89,7 +89,7 @@ def restore_optimizer(
         parameter, group = by_name[name]
         on_device = bool(group.get("capturable") or group.get("fused"))
         optimizer.state[parameter] = {
-            key: _unpack(value, tensors, parameter, on_device or key not in _COUNTERS) for key, value in values.items()
+            key: _unpack(value, tensors, parameter, on_device or key not in COUNTERS) for key, value in values.items()
         }
 
 

@@ -123,10 +123,11 @@ def _place(error: Exception) -> str:
 def warn(subject: Subject) -> None:
     """Carry out the quick checks before a run and say what is not as expected; never stops the run.
 
-    A run that goes on from a checkpoint is no longer untrained: of it, only the machine is looked at.
+    A run that goes on from a checkpoint is no longer untrained: of it, only the machine is looked at. So it is with
+    DeepSpeed, which takes every gradient for one of training.
     """
     resumed = subject.session.found is not None
-    report = examine(subject, MACHINE if resumed else QUICK)
+    report = examine(subject, MACHINE if resumed or subject.state.zero is not None else QUICK)
     if subject.runtime.is_main:
         print(report.summary(), flush=True)
         if subject.session.run is not None and not resumed:
@@ -140,8 +141,11 @@ def preflight(subject: Subject) -> int:
     """Carry out what --preflight asks for, print and write the report, and return the exit code.
 
     Raises:
+        UsageError: training is with DeepSpeed.
         TrainingError: the report cannot be written.
     """
+    if subject.state.zero is not None:
+        raise UsageError("--preflight: DeepSpeed takes every gradient for one of training; examine on plain processes")
     checks = (check_learning_rate,) if subject.settings.preflight == "lr" else FULL
     report = examine(subject, checks)
     subject.runtime.say(report.table())

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
+from train.engine.deepspeed import check_deepspeed, check_installed
 from train.engine.errors import TrainingError, UsageError
 from train.engine.launched import check_count
 from train.engine.randomness import seed_all, use_deterministic_algorithms
@@ -122,9 +123,10 @@ def start_runtime(settings: RunSettings) -> Runtime:
     """Start Accelerate, check what it made of the request, and seed everything.
 
     Raises:
-        UsageError: the precision or the way to launch is not to be had on this device, or the launcher started another
-            number of processes than it was asked for.
+        UsageError: the precision or the wrapper asked for is not to be had on this device, or the launcher started
+            another number of processes than it was asked for.
     """
+    check_installed()
     timeout = timedelta(seconds=settings.timeout_seconds)
     try:
         accelerator = Accelerator(
@@ -139,15 +141,17 @@ def start_runtime(settings: RunSettings) -> Runtime:
         )
     except (ValueError, ImportError) as error:
         raise UsageError(f"--mixed_precision {settings.precision}: {error}") from error
+    check_deepspeed(accelerator)
     precision = accelerator.mixed_precision
     if precision == "fp16" and accelerator.scaler is None:  # Accelerate would go on without loss scaling
         raise UsageError(f"mixed precision fp16 is not to be had on {accelerator.device.type}: choose bf16 or no")
     if settings.precision not in (None, precision):
         raise UsageError(f"--mixed_precision {settings.precision}: Accelerate would use {precision!r}")
     kind = accelerator.distributed_type
-    other_wrappers = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    if kind in other_wrappers or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
-        raise UsageError(f"the launcher chose {kind.value}: use plain processes, or FSDP with fsdp_version: 2")
+    if kind == DistributedType.MEGATRON_LM or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
+        raise UsageError(
+            f"the launcher chose {kind.value}: use plain processes, DeepSpeed, or FSDP with fsdp_version: 2"
+        )
     if kind != DistributedType.FSDP and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise UsageError(
             f"the launcher chose FSDP, but Accelerate would train without it on {accelerator.device.type}: FSDP needs "

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 
 from train.engine import checkpoint, storage
@@ -30,6 +31,7 @@ from train.engine.batching import Batching, plan_batching
 from train.engine.checkpoint import Checkpoint
 from train.engine.cli import settings_to_yaml
 from train.engine.contract import Score
+from train.engine.deepspeed import Zero
 from train.engine.errors import TrainingError, UsageError
 from train.engine.optimizer import build_optimizer
 from train.engine.plots import draw_curves
@@ -143,24 +145,32 @@ def prepare_state(settings: TrainSettings, runtime: Runtime, session: Session, m
     Raises:
         UsageError: the checkpoint does not fit the model.
     """
-    sharded = runtime.accelerator.is_fsdp2
-    if sharded and settings.reduction == "exact":
-        raise UsageError("--reduction exact adds whole gradients, which no process has with FSDP: leave one out")
+    accelerator = runtime.accelerator
+    sharded = accelerator.is_fsdp2
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if (sharded or deepspeed) and settings.reduction == "exact":
+        raise UsageError(
+            "--reduction exact adds whole gradients, which no process has with FSDP or DeepSpeed: leave one out"
+        )
     if settings.compile:
         model = torch.compile(model)  # type: ignore[assignment]
+    zero = Zero(settings, accelerator, model) if deepspeed else None
     with warnings.catch_warnings():
         # accelerate 1.15 passes broadcast_buffers on, which torch 2.13 calls deprecated.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        if settings.reduction == "exact":  # the loop exchanges gradients itself
-            model = runtime.accelerator.prepare_model(model, evaluation_mode=True)
-            optimizer = runtime.accelerator.prepare(build_optimizer(settings, model))
+        if zero is not None:
+            model, optimizer = zero.engine, zero.optimizer
+        elif settings.reduction == "exact":  # the loop exchanges gradients itself
+            model = accelerator.prepare_model(model, evaluation_mode=True)
+            optimizer = accelerator.prepare(build_optimizer(settings, model)).optimizer
         else:
             optimizer = build_optimizer(settings, model, sharded=sharded)
             try:
-                model, optimizer = runtime.accelerator.prepare(model, optimizer)
+                model, optimizer = accelerator.prepare(model, optimizer)
             except NotImplementedError as error:  # FSDP2 takes no channels_last parameters (torch 2.13)
                 raise UsageError(f"the model cannot be sharded: {error}") from error
-    state = RunState(model, optimizer.optimizer, Progress(session.batching.slots), runtime.accelerator.scaler)
+            optimizer = optimizer.optimizer
+    state = RunState(model, optimizer, Progress(session.batching.slots), accelerator.scaler, zero)
     if settings.ema_decay > 0:
         state.ema = {name: value.detach().clone() for name, value in named_tensors(model)[0].items()}
     load_found(settings, runtime, session, state)

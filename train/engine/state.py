@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from train.engine.deepspeed import Zero
 from train.engine.optimizer import capture_optimizer, restore_optimizer
 from train.engine.randomness import capture_rng, restore_rng
 from train.engine.runtime import Runtime
@@ -74,6 +75,7 @@ class RunState:
     optimizer: torch.optim.Optimizer
     progress: Progress
     scaler: Any = None  # torch.amp.GradScaler with fp16
+    zero: Zero | None = None  # with DeepSpeed
     ema: Tensors | None = None  # running average of the weights, by clean name
     window: torch.Tensor | None = None  # sums of the training metrics since the last log line, of this process
     carried: Tensors | None = None  # what else passes from one step to the next, such as the state of an LSTM
@@ -85,7 +87,11 @@ def capture(state: RunState, runtime: Runtime) -> tuple[dict[str, Tensors], dict
     All processes must call it; what is small (generators, windows) is gathered from all of them.
     """
     model_tensors, aliases = named_tensors(state.model)
+    if state.zero is not None:
+        state.zero.gather()
     optimizer_tensors, optimizer_record = capture_optimizer(state.optimizer, state.model)
+    if state.zero is not None:
+        state.optimizer.state.clear()
     files = {"model": model_tensors, "optimizer": optimizer_tensors}
     if state.ema is not None:
         files["ema"] = state.ema
@@ -121,6 +127,8 @@ def restore(
     """
     restore_model(state.model, files["model"], record["aliases"])
     restore_optimizer(state.optimizer, state.model, files["optimizer"], record["optimizer"], changed)
+    if state.zero is not None:
+        state.zero.scatter()
     if state.ema is not None:
         for name, tensor in state.ema.items():
             copy_into(tensor, files.get("ema", files["model"])[name])

@@ -15,10 +15,12 @@ Parts = Mapping[str, Mapping[str, torch.Tensor]]  # the files of a checkpoint
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel and torch.compile."""
+    """Return the model inside DistributedDataParallel, DeepSpeed and torch.compile."""
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
+        elif type(model).__name__ == "DeepSpeedEngine":  # by its name: imported only if it was chosen
+            model = model.module  # type: ignore[assignment]
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
         else:
