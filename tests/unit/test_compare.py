@@ -1,4 +1,4 @@
-"""train/compare.py on run directories written by hand, whose numbers are known; mistakes are one message and exit code 2."""
+"""train/compare.py on run directories written by hand, with known numbers; mistakes are one message and exit code 2."""
 
 import json
 import math

@@ -82,7 +82,8 @@ def read_online(source: str) -> Run:
     except (wandb.errors.Error, ValueError, OSError) as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"{source}: no such folder, and W&B gives no such run ({error})") from error
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{source}: no such folder, and W&B gives no such run ({reason})") from error
     return run
 
 
