@@ -76,6 +76,7 @@ def test_best_last_and_value_at_the_largest_step_that_all_have(tmp_path, numbers
     long, short = content["runs"]
     assert long["best"] == {"step": 20, "value": 0.9} and long["last"] == {"step": 40, "value": 0.8}
     assert long["at_equal_step"] == 0.9 and short["at_equal_step"] == 0.6
+    assert content["groups"][0]["mean"] == pytest.approx(0.75)  # of what both have
     assert (long["steps"], long["samples_per_second"], long["starts"]) == (40, 100.0, 1)
     assert any("compared at step 20" in warning and "long" in warning for warning in content["warnings"])
 
@@ -98,6 +99,15 @@ def test_time_is_that_of_the_kept_steps_within_starts(tmp_path, numbers):
     assert run["training_seconds"] == 20 + 25
     assert (run["starts"], run["test"]) == (3, {"test/accuracy": 0.55})
     assert run["facts"]["processes"] == "1 then 2"
+
+
+def test_throughput_is_a_median(tmp_path, numbers):
+    speeds = [1.0, 110.0, 100.0]  # the first line is that of a cold start
+    lines = [
+        line(n, n, train_loss=1.0, val_accuracy=0.5, perf_samples_per_second=speed) for n, speed in enumerate(speeds)
+    ]
+    write_run(tmp_path / "one", lines)
+    assert numbers("one")["runs"][0]["samples_per_second"] == 100.0
 
 
 def test_time_of_a_run_without_starts_is_a_bound(tmp_path, command, numbers):
@@ -358,6 +368,7 @@ def test_nan_is_no_best_and_leaves_the_statistics(tmp_path, command, numbers):
     assert content["runs"][0]["best"] == {"step": 10, "value": 0.5} and content["runs"][0]["last"]["value"] is None
     assert content["groups"][0]["mean"] == 0.7 and content["groups"][0]["n"] == 1
     assert "one: 1 of 2 values of val/accuracy are NaN or infinite" in content["warnings"]
+    assert numbers(write_run(tmp_path / "late", [math.nan, 0.3]))["runs"][0]["best"] == {"step": 20, "value": 0.3}
     write_run(tmp_path / "three", [math.nan], model="bad")
     code, output, _ = command("three", "one", "--png", "a.png", "--html", "a.html")
     assert code == 0 and "left out" in output

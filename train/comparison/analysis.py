@@ -68,7 +68,7 @@ def choose_metric(runs: Sequence[Run], metric: str | None) -> str:
     if empty:
         raise UsageError(empty)
     if metric is None:
-        wishes = {run.config["best_metric"] for run in runs if "best_metric" in run.config}
+        wishes = {str(wish) for run in runs if (wish := run.config.get("best_metric"))}
         if len(wishes) > 1:
             raise UsageError(f"the runs have different best_metric ({', '.join(sorted(wishes))}): choose with --metric")
         metric = next(iter(wishes), "val/loss")
@@ -91,8 +91,8 @@ def choose_mode(runs: Sequence[Run], metric: str, mode: Mode | None) -> Mode:
         return "min"
     if HIGHER.fullmatch(word):
         return "max"
-    told: set[Mode] = {run.config["best_mode"] for run in runs if run.config.get("best_metric") == metric}
-    if len(told) != 1:
+    told: set[Mode] = {run.config.get("best_mode", "?") for run in runs if run.config.get("best_metric") == metric}
+    if len(told & {"min", "max"}) != 1 or len(told) > 1:
         raise UsageError(f"--metric {metric}: say with --mode min or --mode max whether lower or higher is better")
     return told.pop()
 

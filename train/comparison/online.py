@@ -65,7 +65,7 @@ def read_online(source: str) -> Run:
         if not wandb.login(prompt=False):
             raise UsageError(
                 f"{source}: no such folder; and W&B, which might know it as entity/project/run, is not asked without "
-                "a key: run wandb login, or set WANDB_API_KEY"
+                "a key (wandb login, or WANDB_API_KEY) or with WANDB_MODE=offline"
             )
         found = wandb.Api(timeout=ANSWER_SECONDS).run(source)
         run = Run(

@@ -31,7 +31,8 @@ h1 {{ font-size: 1.4rem; }} h2 {{ font-size: 1.1rem; margin-top: 2rem; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }}
 th, td {{ border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: right; white-space: nowrap; }}
-th:first-child, td:first-child {{ text-align: left; white-space: normal; min-width: 8rem; overflow-wrap: anywhere; }}
+th:first-child, td:first-child {{ text-align: left; white-space: normal; min-width: 8rem; overflow-wrap: anywhere;
+  position: sticky; left: 0; background: var(--back); }}
 img {{ max-width: 100%; height: auto; }}
 .warning {{ background: var(--note); padding: .5rem .8rem; border-radius: .4rem; }}
 summary {{ cursor: pointer; margin: .5rem 0; }}
