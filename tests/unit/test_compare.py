@@ -160,7 +160,6 @@ def test_only_settings_that_differ_are_shown(tmp_path, command):
         ["two", "flip", "crop:4", "32", "adam"],
     ]
     assert shown[3] == "(5 settings are the same in all)"
-    assert "batch_size differs: at the same step the runs have not seen the same number of samples" in plain(output)
 
 
 def test_other_code_and_processes_are_shown(tmp_path, command):
@@ -189,6 +188,17 @@ def test_names_and_other_harmless_settings_do_not_part_a_group(tmp_path, numbers
     write_run(tmp_path / "two", [0.6], seed=1, num_workers=4, log_every=5, checkpoint_every="2 epochs", slots=8)
     (group,) = numbers("one", "two")["groups"]
     assert (group["label"], group["n"]) == ("all runs", 2)
+
+
+def test_last_values_are_compared_where_a_step_is_not_the_same_number_of_samples(tmp_path, numbers):
+    write_run(tmp_path / "small", [0.5, 0.8], batch_size=32)
+    write_run(tmp_path / "large", [0.6], batch_size=64)
+    content = numbers("small", "large")
+    assert (content["equal_step"], content["compared_at_step"]) == (10, None)
+    assert [each["label"] for each in content["groups"]] == ["batch_size=32", "batch_size=64"]
+    assert content["differences"][0]["difference"] == pytest.approx(0.2)
+    (warning,) = content["warnings"]
+    assert warning == "batch_size differs between the runs: the last values are compared, whatever they took"
 
 
 def test_longer_training_is_another_group_although_it_may_be_resumed(tmp_path, numbers):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -17,6 +18,7 @@ Mode = Literal["min", "max"]
 Point = tuple[int, float]  # step, value
 
 LOWER = re.compile(r"(ema_)?(.*_)?(loss|mse|mae|rmse|error|perplexity|kl)")
+SAMPLES_OF_A_STEP = {"batch_size", "window"}  # settings that say how many samples a step uses
 HIGHER = re.compile(r"(ema_)?(.*_)?(accuracy|psnr|ssim|f1|auc|precision|recall)")
 
 
@@ -111,6 +113,11 @@ def measure(runs: Sequence[Run], metric: str, mode: Mode) -> tuple[list[Measured
     return measured, step
 
 
+def step_to_compare(runs: Sequence[Run], equal_step: int | None) -> int | None:
+    """Return the step that all have if it is the same amount of training for all; None: compare the last values."""
+    return None if SAMPLES_OF_A_STEP & differing_settings(runs).keys() else equal_step
+
+
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """Return the settings that are not the same in all runs, with the value of each run; names of runs are left out."""
     names = sorted({name for run in runs for name in run.config} - {"run_name", "output_dir", "config"})
@@ -134,8 +141,14 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, float) and value.is_integer()
 
 
-def form_groups(measured: Sequence[Measured], mode: Mode) -> tuple[list[Group], list[str]]:
-    """Return the groups, the best mean first, and notes on runs that are copies or have no number."""
+def form_groups(measured: Sequence[Measured], mode: Mode, step: int | None) -> tuple[list[Group], list[str]]:
+    """Return the groups, the best mean first, and notes on runs that are copies or have no number.
+
+    Args:
+        measured: all runs.
+        mode: which values are better.
+        step: the one that all have, whose values are compared; None: the last values are.
+    """
     runs = [one.run for one in measured]
     differing = sorted(differing_settings(runs).keys() - HARMLESS - {"seed"})
     members: dict[str, list[Measured]] = {}
@@ -148,10 +161,9 @@ def form_groups(measured: Sequence[Measured], mode: Mode) -> tuple[list[Group], 
             group.append(one)
         else:
             notes.append(f"{one.run.name}: the run {original} once more, by settings and seed; left out of its group")
-    at_equal = all(one.at_equal is not None for one in measured)
     groups = []
     for label, group in members.items():
-        values = {one.run.name: one.at_equal if at_equal else one.last[1] for one in group}
+        values = {one.run.name: one.last[1] if step is None else one.at_equal for one in group}
         finite = [value for value in values.values() if value is not None and math.isfinite(value)]
         groups.append(Group(label, group, finite))
         bad = [name for name, value in values.items() if value not in finite]
@@ -197,5 +209,7 @@ def welch_interval(one: Sequence[float], other: Sequence[float]) -> tuple[float,
 
     if min(len(one), len(other)) < 2 or len(set(one)) == len(set(other)) == 1:
         return None
-    low, high = stats.ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of the same values on one side
+        low, high = stats.ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
     return (float(low), float(high)) if mean(one) >= mean(other) else (-float(high), -float(low))

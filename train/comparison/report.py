@@ -67,23 +67,24 @@ def build_report(runs: Sequence[Run], notes: Sequence[str], metric: str | None, 
     """
     metric = analysis.choose_metric(runs, metric)
     mode = analysis.choose_mode(runs, metric, mode)
-    measured, step = analysis.measure(runs, metric, mode)
-    groups, left_out = analysis.form_groups(measured, mode)
+    measured, equal_step = analysis.measure(runs, metric, mode)
+    step = analysis.step_to_compare(runs, equal_step)
+    groups, left_out = analysis.form_groups(measured, mode, step)
     differences = analysis.find_differences(groups)
     what = f"the last {metric}" if step is None else f"{metric} at step {step}"
-    warnings = [*notes, *warn(runs, groups, metric, step), *left_out]
+    warnings = [*notes, *warn(runs, groups, metric, step, equal_step), *left_out]
     differing = analysis.differing_settings(runs)
     total = len({name for run in runs for name in run.config} - {"run_name", "output_dir", "config"})
     return Report(
         metric=metric,
         mode=mode,
-        equal_step=step,
+        equal_step=equal_step,
         measured=measured,
         groups=groups,
         differences=differences,
         warnings=warnings,
         verdict=pass_verdict(groups, differences, what),
-        tables=[table for table in _tables(measured, groups, step, what) if len(table.header) > 1 and table.rows],
+        tables=[table for table in _tables(measured, groups, equal_step, what) if len(table.header) > 1 and table.rows],
         same=f"{total - len(differing)} settings are the same in all" if len(runs) > 1 else "",
     )
 
@@ -266,6 +267,7 @@ def to_json(report: Report) -> str:
             for each in report.differences
         ],
         "warnings": report.warnings,
+        "compared_at_step": analysis.step_to_compare(report.runs, report.equal_step),
         "verdict": report.verdict,
     }
     return json.dumps(_without_nan(content), indent=1, allow_nan=False, default=str) + "\n"

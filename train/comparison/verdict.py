@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from train.comparison.analysis import Difference, Group, differing_facts, differing_settings
+from train.comparison.analysis import SAMPLES_OF_A_STEP, Difference, Group, differing_facts, differing_settings
 from train.comparison.run import Run
 
 # Settings that choose the samples; where checkpoints tell the fingerprint of the data, that decides instead.
@@ -58,10 +58,12 @@ def _judge(difference: Difference, what: str) -> str:
         return head + ". One run each says nothing about chance: repeat both with other seeds."
     if min(counts) == 1:
         return head + ". One run on one side says nothing about chance: repeat it with other seeds."
-    return head + ". All runs of a side gave the same value, so there is no interval."
+    return head + ". On either side all runs gave the same value, so there is no interval."
 
 
-def warn(runs: Sequence[Run], groups: Sequence[Group], metric: str, step: int | None) -> list[str]:
+def warn(
+    runs: Sequence[Run], groups: Sequence[Group], metric: str, step: int | None, equal_step: int | None
+) -> list[str]:
     """Return what makes runs incomparable, and what is mixed within a group.
 
     Args:
@@ -69,6 +71,7 @@ def warn(runs: Sequence[Run], groups: Sequence[Group], metric: str, step: int | 
         groups: that they form.
         metric: that is compared.
         step: at which it is compared; None: at the last step of each.
+        equal_step: the largest at which all have it, if there is one.
     """
     differing, facts = differing_settings(runs), differing_facts(runs)
     warnings = []
@@ -92,17 +95,14 @@ def warn(runs: Sequence[Run], groups: Sequence[Group], metric: str, step: int | 
     parts = [name for name in LOSS if name in differing]
     if parts and metric.endswith("loss"):
         warnings.append(f"not comparable: {metric} is not the same quantity ({', '.join(parts)} differ)")
-    unlike = [name for name in ("batch_size", "window") if name in differing]
-    if unlike and step is not None:
-        warnings.append(
-            f"{', '.join(unlike)} differs: at the same step the runs have not seen the same number of samples"
-        )
     later = [run.name for run in runs if step is not None and run.curve(metric)[-1][0] > step]
     if later:
         named = f"{', '.join(later[:5])}{' and others' if len(later) > 5 else ''}"
         warnings.append(f"compared at step {step}, the last that all have; later evaluations: {named}")
     elif step is None:
-        warnings.append("there is no step at which all runs have an evaluation: the last values are compared")
+        unlike = ", ".join(sorted(SAMPLES_OF_A_STEP & differing.keys()))
+        reason = "no step has an evaluation of all runs" if equal_step is None else f"{unlike} differs between the runs"
+        warnings.append(f"{reason}: the last values are compared, whatever they took")
     for group in groups:
         for name, values in differing_facts([one.run for one in group.members]).items():
             mixed = ", ".join(dict.fromkeys(shorten_fact(value) for value in values if value is not None))
