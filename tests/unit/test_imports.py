@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("engine", "stateful", "script", "models", "data_modules", "launch")
+PARTS = ("engine", "stateful", "comparison", "script", "models", "data_modules", "launch")
 ALLOWED = {
-    "script": {"engine", "stateful", "models", "data_modules"},
+    "script": {"engine", "stateful", "comparison", "models", "data_modules"},
     "stateful": {"stateful", "engine", "models"},
+    "comparison": {"comparison", "engine"},
     "engine": {"engine"},
     "models": {"models"},
     "data_modules": {"data_modules"},
@@ -21,7 +22,7 @@ def part_of(module):
     """Return which part of the house a dotted module name belongs to, None for libraries."""
     top, *rest = module.split(".")
     if top == "train":
-        return rest[0] if rest[:1] in (["engine"], ["stateful"]) else "script"
+        return rest[0] if rest[:1] in (["engine"], ["stateful"], ["comparison"]) else "script"
     return top if top in ALLOWED else None
 
 
@@ -75,6 +76,7 @@ def test_the_checker_sees_all_parts_of_the_house():
 FILES = {
     "engine": "train/engine/loop.py",
     "stateful": "train/stateful/loop.py",
+    "comparison": "train/comparison/report.py",
     "script": "train/classify.py",
     "models": "models/cnn.py",
     "data_modules": "data_modules/images.py",
@@ -83,6 +85,7 @@ FILES = {
 TARGETS = {
     "engine": "train.engine.cli",
     "stateful": "train.stateful.eager",
+    "comparison": "train.comparison.run",
     "script": "train.reconstruct",
     "models": "models.mlp",
     "data_modules": "data_modules.sampler",
