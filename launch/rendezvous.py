@@ -20,6 +20,7 @@ from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import (
+    RendezvousError,
     RendezvousInfo,
     RendezvousParameters,
     RendezvousStoreInfo,
@@ -36,6 +37,10 @@ Value = TypeVar("Value")
 _run = LocalElasticAgent.run
 
 
+class _OtherCountError(Exception):
+    """Another machine waits for another number of machines."""
+
+
 class Meeting(StaticTCPRendezvous):
     """A static rendezvous that takes place at every start of the workers."""
 
@@ -50,11 +55,21 @@ class Meeting(StaticTCPRendezvous):
         """Wait for all machines.
 
         Raises:
-            RendezvousTimeoutError: one did not come; the message says which.
+            RendezvousError: one did not come, or was told of another number of machines; the message says which.
         """
         try:
             return _within(self.timeout.total_seconds(), self._meet)
+        except _OtherCountError as error:
+            raise RendezvousError(
+                f"machine {self._awaited} was started for {error} machines, and {socket.gethostname()} for "
+                f"{self.world_size}: give all the same --nnodes"
+            ) from error
         except (TimeoutError, RuntimeError) as error:  # what a store raises is a RuntimeError
+            if "EADDRINUSE" in str(error):
+                raise RendezvousError(
+                    f"port {self.master_port} of {socket.gethostname()} is taken: choose another --master-port, and "
+                    "see that only the first machine has --node-rank 0"
+                ) from error
             raise RendezvousTimeoutError(
                 f"{socket.gethostname()} waited in vain for machine {self._awaited} of 0 to {self.world_size - 1}, "
                 f"meeting at {self.master_addr} port {self.master_port} (--rdzv-conf timeout="
@@ -81,12 +96,21 @@ class Meeting(StaticTCPRendezvous):
 
 
 def meet_at_each_start(options: argparse.Namespace) -> None:
-    """Change torchrun's options from its static rendezvous to this one, and how launchers wait at the end."""
+    """Change torchrun's options from its static rendezvous to this one, and how launchers wait at the end.
+
+    Raises:
+        ValueError: an option has a value that cannot be; says which.
+    """
     SimpleElasticAgent._exit_barrier = _leave_together  # type: ignore[method-assign]
     LocalElasticAgent.run = _run_and_leave_together  # type: ignore[method-assign]
     alone = options.nnodes in ("1", "1:1") and options.master_port is None and not options.rdzv_endpoint
     if options.rdzv_backend != "static" or options.standalone or alone:
         return
+    machines = int(options.nnodes.partition(":")[2] or options.nnodes)
+    if not 0 <= options.node_rank < machines:
+        raise ValueError(f"--node-rank {options.node_rank}: machines are numbered 0 to {machines - 1}")
+    if not 0 < (options.master_port or 29500) < 65536:
+        raise ValueError(f"--master-port {options.master_port}: ports are numbered 1 to 65535")
     options.rdzv_endpoint = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port or 29500}"
     options.rdzv_conf = ",".join(filter(None, [options.rdzv_conf, f"rank={options.node_rank}"]))
     options.rdzv_backend, options.node_rank = BACKEND, 0
@@ -125,15 +149,19 @@ def _say_and_await(word: str, rank: int, size: int, store: Store, seconds: float
 
     Raises:
         TimeoutError: after that time one is missing.
+        _OtherCountError: one waits for another number of machines.
     """
     end = time.monotonic() + seconds
-    store.set(f"{word}-{rank}", "")
+    store.set(f"{word}-{rank}", str(size))
     for number in range(size):
         yield number
         while not store.check([f"{word}-{number}"]):
             if time.monotonic() > end:
                 raise TimeoutError
             time.sleep(0.1)
+        other = store.get(f"{word}-{number}").decode()
+        if other != str(size):
+            raise _OtherCountError(other)
 
 
 def _within(seconds: float, work: Callable[[], Value]) -> Value:
@@ -142,14 +170,15 @@ def _within(seconds: float, work: Callable[[], Value]) -> Value:
     Raises:
         TimeoutError: it takes longer.
         RuntimeError: the store is gone.
+        _OtherCountError: as `work` raises it.
     """
     outcome: list[Value] = []
-    errors: list[RuntimeError | TimeoutError] = []
+    errors: list[Exception] = []
 
     def try_work() -> None:
         try:
             outcome.append(work())
-        except (RuntimeError, TimeoutError) as error:
+        except (RuntimeError, TimeoutError, _OtherCountError) as error:
             errors.append(error)
 
     thread = threading.Thread(target=try_work, daemon=True)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+OPTIONS = ("--partition", "--account", "--time", "--nodes", "--gpus", "--cpus", "--array", "--print")
 SUBMITTED = """\
 job {job} is in the queue
 see it    squeue --job {job}
@@ -35,15 +36,26 @@ def time_limit(text: str) -> str:
     return text
 
 
+def count(text: str) -> int:
+    """Return a number from 1 on.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="python launch/slurm.py", description="Submit a run to SLURM.")
     parser.add_argument("--partition", help="default: the cluster's")
     parser.add_argument("--account", help="who pays")
     parser.add_argument("--time", type=time_limit, help="limit of one start; the job is requeued until it is done")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus", type=int, help="per node; a process for each. Without: one process on CPUs")
-    parser.add_argument("--cpus", type=int, help="per node, shared by its processes")
+    parser.add_argument("--nodes", type=count, default=1)
+    parser.add_argument("--gpus", type=count, help="per node; a process for each. Without: one process on CPUs")
+    parser.add_argument("--cpus", type=count, help="per node, shared by its processes")
     parser.add_argument("--array", help="0-4: five runs with the seeds 0 to 4")
     parser.add_argument("--print", action="store_true", dest="only_print", help="only show the command")
     parser.add_argument("script", help="train/SCRIPT.py, and its flags after it")
@@ -77,8 +89,12 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if Path.cwd() != ROOT:
         parser.error(f"run this in {ROOT}: paths in the command are read there when the job starts")
-    if not Path(options.script).is_file():
+    script = Path(options.script)
+    if not script.is_file() or script.suffix != ".py" or script.parts[0] == "launch":
         parser.error(f"{options.script}: there is no such script; options of SLURM come before it, its flags after it")
+    late = [flag for flag in options.flags if flag.partition("=")[0] in OPTIONS]
+    if late:
+        parser.error(f"{late[0]} stands after the script: options of SLURM come before it, its flags after it")
     command = build_command(options)
     print(shlex.join(command))
     if options.only_print:

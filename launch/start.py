@@ -47,6 +47,12 @@ def main(arguments: list[str]) -> int:
                 if worker.exitcode < 0:
                     how = signal.Signals(-worker.exitcode).name
                 print(f"rank {rank} on {os.uname().nodename}: {how} (process {worker.pid})", file=sys.stderr)
+        except (ValueError, AssertionError) as error:  # of the options: workers are processes of their own
+            print(
+                f"error: options of the launcher: {str(error) or 'a number is out of range'}; see --help",
+                file=sys.stderr,
+            )
+            return EXIT_USAGE
         except RendezvousError as error:
             failure = EXIT_ERROR
             print(f"error: {error}", file=sys.stderr)

@@ -128,3 +128,14 @@ def test_submitted_elsewhere(batch):
     assert batch.run(SLURM_SUBMIT_DIR=str(batch.folder)) == 2
     assert "submit in the repository" in (batch.folder / "said").read_text()
     assert not batch.was("arguments")
+
+
+def test_no_job_of_slurm_is_refused(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    finished = subprocess.run(
+        ["bash", ROOT / "launch/slurm.sbatch", "train/classify.py"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert finished.returncode == 2
+    assert "submit it with sbatch" in finished.stderr
+    assert not list(tmp_path.iterdir())

@@ -34,13 +34,13 @@ def login_node(tmp_path):
 def test_print_shows_the_command_and_submits_nothing(login_node):
     finished = run(
         "--partition", "gpu", "--account", "lab", "--time", "04:00:00", "--nodes", "2", "--gpus", "4", "--cpus", "32",
-        "--array", "0-4", "--print", "train/classify.py", "--config", "a b.yaml", "--print",
+        "--array", "0-4", "--print", "train/classify.py", "--config", "a b.yaml", "--seed", "1",
         PATH=f"{login_node}:{os.environ['PATH']}",
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == (
         "sbatch --job-name=classify --partition=gpu --account=lab --time=04:00:00 --nodes=2 --gpus-per-node=4 "
-        "--cpus-per-task=32 --array=0-4 launch/slurm.sbatch train/classify.py --config 'a b.yaml' --print\n"
+        "--cpus-per-task=32 --array=0-4 launch/slurm.sbatch train/classify.py --config 'a b.yaml' --seed 1\n"
     )
     assert not (login_node / "sbatch.arguments").exists()
 
@@ -69,7 +69,10 @@ REFUSED = {
     "unknown option": ("--print --partion gpu train/classify.py", "--partion"),
     "malformed time": ("--print --time 4h train/classify.py", "'4h' is no time; write 04:00:00"),
     "time that is misread": ("--print --time 04:00 train/classify.py", "SLURM reads 04:00 as minutes and seconds"),
-    "malformed count": ("--print --nodes two train/classify.py", "invalid int value: 'two'"),
+    "malformed count": ("--print --nodes two train/classify.py", "'two' is no number from 1 on"),
+    "no node": ("--print --nodes 0 train/classify.py", "'0' is no number from 1 on"),
+    "no script of Python": ("--print README.md", "README.md: there is no such script"),
+    "option of SLURM after the script": ("--print train/classify.py --nodes 2", "--nodes stands after the script"),
 }
 
 

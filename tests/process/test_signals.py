@@ -52,15 +52,23 @@ def test_one_rank_hears_it_and_all_stop_at_the_same_step(classify, most_steps, l
     classify.assert_same("straight", "stopped", 12)
 
 
+ACCELERATE = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", "accelerate_config.yaml"]
+START = [sys.executable, "launch/start.py", "--nproc-per-node", "2"]
+
+
 @pytest.mark.slow
-def test_launcher_of_one_process_is_terminated(tmp_path):
-    """`accelerate launch` forwards no signal; the run hears of its death and saves."""
+@pytest.mark.parametrize(
+    ("launcher", "number"), [(ACCELERATE, signal.SIGTERM), (START, signal.SIGKILL)], ids=["accelerate", "start"]
+)
+def test_death_of_the_launcher_is_heard(tmp_path, launcher, number):
+    """`accelerate launch` forwards no signal, and none forwards SIGKILL; the run hears of its death and saves."""
     command = [
-        str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", "accelerate_config.yaml",
-        "train/classify.py", "--tracker", "none", "--output_dir", str(tmp_path), "--run_name", "run",
+        *launcher, "train/classify.py", "--tracker", "none", "--output_dir", str(tmp_path), "--run_name", "run",
         "--num_train_epochs", "100000", "--log_every", "1",
     ]  # fmt: skip
-    launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    launcher = subprocess.Popen(command, cwd=ROOT, env=environment, **quiet)
     metrics = tmp_path / "run" / "metrics.jsonl"
     end = time.monotonic() + 90
     while not (metrics.exists() and metrics.stat().st_size > 0):
@@ -68,7 +76,7 @@ def test_launcher_of_one_process_is_terminated(tmp_path):
         time.sleep(0.05)
     holder = (tmp_path / "run" / "run.lock").read_text()
     worker = int(holder.split()[1])
-    launcher.terminate()
+    launcher.send_signal(number)
     launcher.wait()
     while Path(f"/proc/{worker}").exists():
         assert time.monotonic() < end

@@ -29,7 +29,7 @@ from train.engine.errors import (
     is_of_exchange,
 )
 from train.engine.settings import RunSettings, check_settings
-from train.engine.signals import StoppedEarlyError, leave_on_signals
+from train.engine.signals import StoppedEarlyError, hear_of_launcher_death, leave_on_signals
 from train.engine.verify import verify_resume
 
 OTHERS_WAIT_SECONDS = 3
@@ -133,6 +133,7 @@ def run_script(
     exit code 1.
     """
     leave_on_signals()
+    hear_of_launcher_death()
     try:
         settings = parse_settings(kind, sys.argv[1:], description)
         code = verify_resume(settings, sys.argv[0]) if settings.verify_resume else main(settings)

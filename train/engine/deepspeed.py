@@ -39,7 +39,10 @@ def check_deepspeed(accelerator: Accelerator) -> None:
     """
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         if _chosen():
-            raise UsageError("Accelerate takes DeepSpeed on GPUs only: start plain processes")
+            raise UsageError(
+                "the launcher chose DeepSpeed, but Accelerate would train without it here: it needs GPUs; choose "
+                "another file of launch/"
+            )
         return
     if accelerator.mixed_precision == "fp16":
         raise UsageError("mixed precision fp16 is not to be had with DeepSpeed: choose bf16 or no")

@@ -1,4 +1,4 @@
-"""Signals to a flag that all processes agree on, at no measurable cost.
+"""Signals to a flag that all processes agree on, at little cost.
 
 Ctrl-C, SIGTERM and SIGUSR1 only set a flag, and so does the file that EXACT_TRAINING_STOP_FILE names as soon as it is
 there. A maximum over all processes is started now and then and read one step later, when it has long arrived: so all
@@ -7,10 +7,8 @@ processes act at the same step. How many steps lie between two of them is in the
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 import time
 from enum import IntEnum
 from types import FrameType
@@ -54,7 +52,6 @@ class Preemption:
     def __enter__(self) -> Preemption:
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._receive)
-        _hear_of_launcher_death()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -121,14 +118,3 @@ class Preemption:
         if wish is Request.SAVE:
             self.wish = Request.NOTHING
         return wish
-
-
-def _hear_of_launcher_death() -> None:
-    """Ask Linux for SIGTERM when the launcher dies.
-
-    The single-process `accelerate launch` forwards no signal (accelerate 1.15): without this, SIGTERM kills it and
-    leaves this process running unheard. torchrun does forward and is left alone.
-    """
-    alone = "ACCELERATE_DYNAMO_BACKEND" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-    if alone and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG

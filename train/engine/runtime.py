@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -123,8 +127,8 @@ def start_runtime(settings: RunSettings) -> Runtime:
     """Start Accelerate, check what it made of the request, and seed everything.
 
     Raises:
-        UsageError: the precision or the wrapper asked for is not to be had on this device, or the launcher started
-            another number of processes than it was asked for.
+        UsageError: the precision or the wrapper asked for is not to be had on this device, the launcher started
+            another number of processes than it was asked for, or processes were started with different settings.
     """
     check_installed()
     timeout = timedelta(seconds=settings.timeout_seconds)
@@ -166,4 +170,26 @@ def start_runtime(settings: RunSettings) -> Runtime:
     if accelerator.num_processes == 1:
         return Runtime(accelerator, None)
     control = dist.new_group(backend="gloo", timeout=timeout)
-    return Runtime(accelerator, control, dist.new_group(backend="gloo", timeout=timedelta(hours=PREPARATION_HOURS)))
+    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=PREPARATION_HOURS))
+    runtime = Runtime(accelerator, control, patient)
+    _check_same_command(runtime, settings)
+    return runtime
+
+
+def _check_same_command(runtime: Runtime, settings: RunSettings) -> None:
+    """See that all processes have the same script and settings; else they would train apart, or wait for each other.
+
+    Raises:
+        UsageError: on all processes: says which settings differ, and where.
+    """
+    mine = {"script": Path(sys.argv[0]).name, **dataclasses.asdict(settings)}
+    everyone = runtime.share((socket.gethostname(), mine))
+    _, first = everyone[0]
+    for rank, (host, other) in enumerate(everyone):
+        names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if names:
+            told = ", ".join(f"{name} {other.get(name)!r} instead of {first.get(name)!r}" for name in names)
+            raise UsageError(
+                f"rank {rank} on {host} was started with another command than rank 0: {told}. Give all machines the "
+                "same one"
+            )
