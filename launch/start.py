@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
             failure = 128 + error.sigval
         for name in SIGNALS:  # what is left takes an instant
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-        codes = [int(file.read_text()) for file in Path(folder).iterdir()]
+        codes = [int(text) for file in Path(folder).iterdir() if (text := file.read_text())]  # killed as it wrote: none
     for code in (EXIT_USAGE, EXIT_PREFLIGHT):  # bad input that one found explains why others failed
         if code in codes:
             return code

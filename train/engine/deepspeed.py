@@ -47,9 +47,10 @@ def check_deepspeed(accelerator: Accelerator) -> None:
     if accelerator.mixed_precision == "fp16":
         raise UsageError("mixed precision fp16 is not to be had with DeepSpeed: choose bf16 or no")
     zero = zero_settings(accelerator)
-    if zero["stage"] not in (1, 2):
-        raise UsageError(f"DeepSpeed's zero_stage {zero['stage']}: choose 1 or 2, or FSDP with fsdp_version: 2")
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+    stage = zero.get("stage", 0)
+    if stage not in (1, 2):
+        raise UsageError(f"DeepSpeed's zero_stage {stage}: choose 1 or 2, or FSDP with fsdp_version: 2")
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         raise UsageError("DeepSpeed's offload_optimizer_device: choose none, or FSDP with fsdp_version: 2")
 
 
