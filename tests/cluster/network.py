@@ -112,7 +112,7 @@ class Network:
             self._switch.run("ip", "link", "set", "bridge", "up")
             for number in range(count):
                 self.boot(number)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: what has started is ended before it is raised again
             self.__exit__()
             raise
 

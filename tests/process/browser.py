@@ -54,7 +54,7 @@ class Browser:
             self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
             for domain in ("Page", "Network", "Log", "Runtime"):
                 self.call(f"{domain}.enable")
-        except BaseException:
+        except BaseException:  # Ctrl-C too: the browser is ended before it is raised again
             self.__exit__()
             raise
         return self
