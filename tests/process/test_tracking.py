@@ -1,0 +1,224 @@
+"""What W&B gets, row by row, from runs that are killed; and runs that end well whatever W&B does."""
+
+import json
+import os
+import subprocess
+import time
+
+import pytest
+
+from tests.process.fleet import Fleet
+from tests.wandb_server import KEY, WandbServer
+from train.engine import wandb_tracker
+
+SETTINGS = ["--model", "mlp", "--log_every", "1", "--eval_every", "4", "--checkpoint_every", "4"]
+SETTINGS += ["--keep_checkpoints", "9", "--preflight", "off"]
+
+
+@pytest.fixture
+def server():
+    """A W&B server on the loopback."""
+    server = WandbServer()
+    yield server
+    server.close()
+    assert server.unknown == []
+
+
+class Tracked:
+    """Runs train/classify.py with W&B in a folder and a home of their own."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.path = folder / "run"
+        self.home = folder / "home"
+        self.home.mkdir()
+
+    def start(self, environment, *arguments, faults=(), tracker=("wandb",)):
+        """Start the run."""
+        hidden = {"WANDB_MODE": None, "WANDB_API_KEY": None, "HOME": str(self.home), "NETRC": str(self.home / "netrc")}
+        common = ["--tracker", *tracker, "--output_dir", self.folder, "--run_name", "run", *SETTINGS]
+        environment = {**hidden, **environment}
+        return Fleet(
+            self.folder / "output", "classify", [*common, *arguments], environment=environment, faults=list(faults)
+        )
+
+    def run(self, environment, *arguments, **options):
+        """Run to the end; fail unless the exit code is 0."""
+        finished = self.start(environment, *arguments, **options).wait()
+        assert finished.code == 0, finished.output
+        return finished
+
+    def rows(self):
+        """Return the metrics of each step in metrics.jsonl, without the clock's and those of the test split."""
+        rows = {}
+        for line in (self.path / "metrics.jsonl").read_text().splitlines():
+            line = json.loads(line)
+            rows.setdefault(line.pop("step"), {}).update(_plain(line))
+        return {step: row for step, row in rows.items() if row}
+
+    def identity(self):
+        """Return what run.json holds."""
+        return json.loads((self.path / "run.json").read_text())
+
+
+def _plain(row):
+    """Return the numbers of a row that a repetition gives again."""
+    clocked = ("perf/", "test/", "_", "time")
+    return {name: value for name, value in row.items() if not (name.startswith(clocked) or isinstance(value, dict))}
+
+
+def assert_same_rows(server, tracked):
+    """Fail unless the server has each row of metrics.jsonl once, in order and with the same numbers, in one run."""
+    run = server.only_run()
+    rows = tracked.rows()
+    assert run.steps == list(rows)
+    assert [_plain(row) for row in run.history] == list(rows.values())
+    assert run.name == tracked.identity()["wandb_id"]
+
+
+@pytest.fixture
+def tracked(tmp_path):
+    """A folder in which to run train/classify.py with W&B."""
+    return Tracked(tmp_path)
+
+
+# ---- what arrives ----------------------------------------------------------------------------------------------------
+
+
+def test_one_run_with_exact_rows_over_three_starts_with_a_kill(tracked, server):
+    """The first start is stopped by its length, the second killed between two checkpoints, the third ends."""
+    online = server.environment()
+    tracked.run(online, "--max_train_steps", 6)
+    assert_same_rows(server, tracked)
+    tracked.start(online, "--max_train_steps", 14, faults=[("die_after", 11)]).wait()
+    tracked.run(online, "--max_train_steps", 14)
+    assert [start["step"] for start in tracked.identity()["starts"]] == [0, 6, 8]
+    assert_same_rows(server, tracked)
+    row = server.only_run().history[-1]
+    for name in ("train/grad_norm", "train/learning_rate", "perf/samples_per_second", "perf/memory_mb", "val/loss"):
+        assert name in row, name
+    assert set(tracked.identity()["result"]) >= {"test/loss"} <= set(server.only_run().summary)
+
+
+def test_rows_that_a_killed_start_never_sent_are_sent_by_the_next(tracked, server):
+    """The first start finds no service and is killed with its files; the second sends everything from metrics.jsonl."""
+    offline = server.environment(WANDB_MODE="offline")
+    tracked.start(offline, "--max_train_steps", 14, faults=[("die_after", 7)]).wait()
+    for file in tracked.path.glob("wandb/*run-*/*.wandb"):
+        os.truncate(file, 7)
+    tracked.run(server.environment(), "--max_train_steps", 9)
+    assert_same_rows(server, tracked)
+
+
+def test_what_describes_a_run_arrives(tracked, server):
+    mine = {"WANDB_RUN_GROUP": "my group", "WANDB_TAGS": "one,two", "WANDB_JOB_TYPE": "sweep", "WANDB_NAME": "my name"}
+    mine |= {"WANDB_ENTITY": "team", "WANDB_PROJECT": "my project", "SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "1"}
+    tracked.run(server.environment(**mine), "--max_train_steps", 2, "--learning_rate", 0.002)
+    run = server.only_run()
+    assert (run.entity, run.project, run.tags) == ("team", "my project", ["one", "two"])
+    assert {name: run.fields[name] for name in ("groupName", "jobType", "displayName")} == {
+        "groupName": "my group",
+        "jobType": "sweep",
+        "displayName": "my name",
+    }
+    settings, (start,) = run.settings(), tracked.identity()["starts"]
+    assert (settings["learning_rate"], settings["model"]) == (0.002, "mlp")
+    assert settings["start"]["scheduler"] == {"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "1"}
+    assert settings["start"]["commit"] == start["commit"]
+    if start["commit"] is not None:
+        assert start["commit"].startswith(run.fields["commit"])
+
+
+def test_pictures_arrive(tracked, server):
+    tracked.run(server.environment(), "--max_train_steps", 2)
+    run = server.only_run()
+    assert "first_batch" in run.history[0] and "curves" in run.summary
+    for picture in (run.history[0]["first_batch"], run.summary["curves"]):
+        assert run.uploads[picture["path"]][:4] == b"\x89PNG"
+
+
+# ---- whatever W&B does -----------------------------------------------------------------------------------------------
+
+
+def assert_ends_well(tracked, fleet, warnings):
+    """Fail unless the run ends with a trained model, so many warnings, and soon after its last line of metrics."""
+    finished = fleet.wait(180)
+    ended = time.time()
+    assert finished.code == 0, finished.output
+    assert len([line for line in finished.output.splitlines() if "warning" in line.lower()]) == warnings, (
+        finished.output
+    )
+    assert "Traceback" not in finished.output
+    lines = [json.loads(line) for line in (tracked.path / "metrics.jsonl").read_text().splitlines()]
+    assert "test/loss" in lines[-1]
+    assert list(tracked.rows()) == list(range(1, 9))
+    # A bound in the code is what is asserted; the rest is for a machine under load.
+    assert ended - lines[-1]["time"] < wandb_tracker.FINISH_TIMEOUT_SECONDS + 35
+    assert max(wandb_tracker.FINISH_TIMEOUT_SECONDS, wandb_tracker.INIT_TIMEOUT_SECONDS) <= 25
+    return finished.output
+
+
+def test_no_key(tracked, server):
+    output = assert_ends_well(
+        tracked, tracked.start({"WANDB_BASE_URL": server.url}, "--max_train_steps", 8), warnings=0
+    )
+    assert "W&B: offline (there is no key); upload later with: python launch/wandb_sync.py" in output
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("key", ["short", KEY])
+def test_bad_key(tracked, server, key):
+    server.fault = "key"
+    fleet = tracked.start(server.environment(WANDB_API_KEY=key, WANDB_MODE=None), "--max_train_steps", 8)
+    assert "W&B: offline (warning: " in assert_ends_well(tracked, fleet, warnings=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["gone", "silent", "error"])
+def test_service_that_is_down_at_the_start(tracked, server, fault):
+    server.fault = fault
+    if fault == "gone":
+        server.close()
+    shorter = ("set_attribute", "train.engine.wandb_tracker", "INIT_TIMEOUT_SECONDS", 5)
+    fleet = tracked.start(server.environment(), "--max_train_steps", 8, faults=[shorter])
+    assert "W&B: offline (warning: " in assert_ends_well(tracked, fleet, warnings=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["gone", "silent", "error"])
+def test_service_that_goes_down_in_the_middle(tracked, server, fault):
+    """What it did not get is sent by a later start."""
+    server.die_after, server.die_of = 1, fault
+    shorter = ("set_attribute", "train.engine.wandb_tracker", "FINISH_TIMEOUT_SECONDS", 5)
+    fleet = tracked.start(server.environment(), "--max_train_steps", 8, faults=[shorter])
+    assert "warning: wandb failed" in assert_ends_well(tracked, fleet, warnings=1)
+
+
+def test_killed_wandb(tracked, server):
+    fleet = tracked.start(server.environment(), "--max_train_steps", 8, faults=[("kill_wandb", 3)])
+    assert "warning: wandb failed" in assert_ends_well(tracked, fleet, warnings=1)
+
+
+def test_home_that_cannot_be_written(tracked, server):
+    fleet = tracked.start(server.environment(HOME="/proc"), "--max_train_steps", 8)
+    assert_ends_well(tracked, fleet, warnings=0)
+    assert_same_rows(server, tracked)
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_full_disk(tracked, server, mode):
+    """A small file system in the place of W&B's files."""
+    folder = tracked.path / "wandb"
+    folder.mkdir(parents=True)
+    if os.geteuid() != 0:
+        pytest.skip("a file system has to be mounted by root")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"this kernel or container mounts nothing: {mounted.stderr}")
+    try:
+        fleet = tracked.start(server.environment(WANDB_MODE=mode), "--max_train_steps", 8)
+        assert_ends_well(tracked, fleet, warnings=1)
+    finally:
+        subprocess.run(["umount", folder], check=True)
