@@ -52,7 +52,7 @@ class WandbServer:
         runs: by their ids.
         fault: None; "error": HTTP 500 for ever; "silent": accepts, never answers; "key": refuses every key; "gone":
             refuses connections.
-        die_after: rows after which the fault `die_of` begins, or None.
+        die_after: rows that it takes before the fault `die_of` begins, or None.
     """
 
     def __init__(self):
@@ -124,6 +124,16 @@ class WandbServer:
         run.fields |= {name: value for name, value in given.items() if value is not None}
         return run
 
+    def dies_of(self, name, sent):
+        """Say whether this part of a stream is one too many, and begin to fail if it is."""
+        rows = len(self.runs[name].rows) + len(sent.get("files", {}).get("wandb-history.jsonl", {}).get("content", []))
+        if self.die_after is None or rows <= self.die_after:
+            return False
+        self.fault, self.die_after = self.die_of, None
+        if self.fault == "gone":
+            threading.Thread(target=self.close).start()
+        return True
+
     def store(self, name, sent):
         """Store a part of a stream."""
         run = self.runs[name]
@@ -137,10 +147,6 @@ class WandbServer:
                     run.lines[file] = place + 1
         if sent.get("complete"):
             run.exit_codes.append(sent.get("exitcode"))
-        if self.die_after is not None and len(run.rows) >= self.die_after:
-            self.fault = self.die_of
-            if self.fault == "gone":
-                threading.Thread(target=self.close).start()
 
 
 def _viewer():
@@ -211,7 +217,10 @@ class _Handler(BaseHTTPRequestHandler):
             server.requests[-1] += f" {operation}"
             return 200, {"data": server.answer(operation, asked["query"], asked.get("variables") or {})}
         if self.path.endswith("/file_stream"):
-            server.store(self.path.split("/")[4], json.loads(body))
+            name, sent = self.path.split("/")[4], json.loads(body)
+            if server.dies_of(name, sent):
+                return self._act(server, body)
+            server.store(name, sent)
             return 200, {"exitcode": None, "limits": {}}
         if self.path.startswith("/upload/"):
             _, _, name, file = self.path.split("/", 3)

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import sys
 
 
 def die_after(rank, step, victim=0):
@@ -311,3 +312,21 @@ def kill_wandb(rank, step):
             core.wait()
 
     Loop.step = one_step
+
+
+def sit_at_terminal(rank):
+    """Let input and output be a terminal at which nobody types; what is written there goes to the output too."""
+    import threading
+
+    output = os.dup(1)
+    master, terminal = os.openpty()
+    for descriptor in range(3):
+        os.dup2(terminal, descriptor)
+    sys.stdin = os.fdopen(0)
+    assert all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))
+
+    def copy():
+        while True:
+            os.write(output, os.read(master, 4096))
+
+    threading.Thread(target=copy, daemon=True).start()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -57,22 +58,27 @@ class WandbTracker(GeneralTracker):
         """Open the W&B run: online where that is possible, else offline."""
         import wandb
 
+        # On a full disk, the log of W&B would print a traceback for each of its lines.
+        logging.raiseExceptions = False
         wandb.setup(wandb.Settings(silent=True))
         mode = os.environ.get("WANDB_MODE", "online")
-        why = ""
-        # Not verified: that would wait for the service for minutes.
-        if mode == "online" and not wandb.login(prompt=False, verify=False):
-            mode, why = "offline", "there is no key"
+        told = "W&B: offline"
         if mode == "online":
             try:
-                self._open(mode)
+                # Not verified: that would wait for the service for minutes.
+                if wandb.login(prompt=False, verify=False):
+                    self._open(mode)
+                else:
+                    told = "W&B: there is no key: offline"
             except Exception as error:  # whatever it is, what is kept offline can be uploaded later
-                mode, why = "offline", f"warning: the service gives no access: {' '.join(str(error).split())}"
+                told = f"warning: W&B lets us not in ({' '.join(str(error).split())}): offline"
+                wandb.teardown()  # it would take the run for open
+                wandb.setup(wandb.Settings(silent=True))
         if self.run is None:
+            mode = "offline" if mode == "online" else mode
             self._open(mode)
         if mode == "offline":
-            reason = f" ({why})" if why else ""
-            print(f"W&B: offline{reason}; upload later with: python launch/wandb_sync.py {self._directory.path}")
+            print(f"{told}; upload later with: python launch/wandb_sync.py {self._directory.path}", flush=True)
             self._sent = self._last_step_on_disk()
         else:
             self._sent = self.run.starting_step - 1
