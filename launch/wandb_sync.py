@@ -69,7 +69,7 @@ class Service:
         """
         source = fragment.path.parent
         with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder, source.name)
+            copy = Path(folder, "offline-" + source.name.removeprefix("offline-"))  # others it passes over
             copy.mkdir()
             (copy / "files").symlink_to(source / "files")
             write_rest(fragment, copy / fragment.path.name, after)

@@ -330,3 +330,11 @@ def sit_at_terminal(rank):
             os.write(output, os.read(master, 4096))
 
     threading.Thread(target=copy, daemon=True).start()
+
+
+def hide_package(rank, name):
+    """Let a package be missing, for those who ask whether it is there."""
+    import importlib.util
+
+    inner = importlib.util.find_spec
+    importlib.util.find_spec = lambda wanted, *arguments: None if wanted == name else inner(wanted, *arguments)

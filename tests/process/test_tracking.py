@@ -1,5 +1,6 @@
 """What W&B gets, row by row, from runs that are killed; and runs that end well whatever W&B does."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +11,9 @@ import pytest
 from tests.process.fleet import Fleet
 from tests.wandb_server import KEY, WandbServer
 from train.engine import wandb_tracker
+from train.engine.cli import parse_settings, settings_to_yaml
+from train.engine.errors import UsageError
+from train.engine.settings import RunSettings
 
 SETTINGS = ["--model", "mlp", "--log_every", "1", "--eval_every", "4", "--checkpoint_every", "4"]
 SETTINGS += ["--keep_checkpoints", "9", "--preflight", "off"]
@@ -234,3 +238,51 @@ def test_full_disk(tracked, server, mode):
         assert_ends_well(tracked, fleet, warnings=1)
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+# ---- TensorBoard, and several at once --------------------------------------------------------------------------------
+
+
+def test_tensorboard_shows_each_step_once_after_a_kill(tracked, server):
+    """Beside W&B; the killed start wrote steps that the next one repeats."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    both = {"tracker": ("wandb", "tensorboard")}
+    tracked.start(server.environment(), "--max_train_steps", 10, faults=[("die_after", 7)], **both).wait()
+    tracked.run(server.environment(), "--max_train_steps", 10, **both)
+    shown = EventAccumulator(str(tracked.path / "tensorboard"))
+    shown.Reload()
+    points = shown.Scalars("train/loss")
+    assert [point.step for point in points] == list(range(1, 11))
+    losses = [row["train/loss"] for row in tracked.rows().values()]
+    assert [point.value for point in points] == pytest.approx(losses)
+    assert shown.Scalars("test/loss")[0].step == 10
+    assert_same_rows(server, tracked)
+
+
+def test_missing_tensorboard_is_refused_before_anything_is_written(tracked):
+    fleet = tracked.start({}, tracker=("tensorboard",), faults=[("hide_package", "tensorboard")])
+    finished = fleet.wait()
+    assert finished.code == 2, finished.output
+    assert "error: --tracker" in finished.output and "pip install tensorboard" in finished.output
+    assert not tracked.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("none", ("none",)), ("wandb", ("wandb",)), ("[wandb, tensorboard]", ("wandb", "tensorboard"))],
+)
+def test_recipes_name_one_tracker_or_several(tmp_path, monkeypatch, line, expected):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # as if all packages were there
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"tracker: {line}\n")
+    settings = parse_settings(RunSettings, ["--config", str(recipe)], "")
+    assert settings.tracker == expected
+    recipe.write_text(settings_to_yaml(settings))
+    assert parse_settings(RunSettings, ["--config", str(recipe)], "") == settings
+
+
+def test_none_stands_alone():
+    with pytest.raises(UsageError, match="none alone"):
+        parse_settings(RunSettings, ["--tracker", "none", "wandb"], "")
