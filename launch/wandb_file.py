@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made when it is imported
 
 HEADER = b":W&B\xe1\xbe\x00"
 BLOCK = 32 * 1024
@@ -61,7 +61,7 @@ def write_records(path: Path, records: Iterable[bytes]) -> None:
 
 @dataclass(frozen=True)
 class Fragment:
-    """What one start of a run left: a file of W&B, with a first and a last step of its rows."""
+    """What one start of a run left: a file of W&B, and the steps of its rows."""
 
     path: Path
     entity: str  # empty: the user's own
@@ -71,7 +71,7 @@ class Fragment:
 
 
 def read_fragment(path: Path) -> Fragment | None:
-    """Return what a file holds; None if it was torn before its first row."""
+    """Return what a file holds; None if it was torn before it says of which run it is."""
     name: tuple[str, str, str] | None = None
     steps = []
     for content in read_records(path):
@@ -80,7 +80,7 @@ def read_fragment(path: Path) -> Fragment | None:
             name = (record.run.entity, record.run.project, record.run.run_id)
         elif record.WhichOneof("record_type") == "history":
             steps.append(record.history.step.num)
-    return Fragment(path, *name, tuple(steps)) if name is not None and steps else None
+    return Fragment(path, *name, tuple(steps)) if name is not None else None
 
 
 def write_rest(fragment: Fragment, target: Path, after: int) -> None:

@@ -75,7 +75,7 @@ class Service:
             write_rest(fragment, copy / fragment.path.name, after)
             output = _run_sync(copy)
         end = time.monotonic() + ARRIVAL_SECONDS
-        while self.last_step(fragment) < fragment.steps[-1]:
+        while self.last_step(fragment) < max(fragment.steps, default=-1):
             if time.monotonic() > end:
                 raise SyncError(f"step {fragment.steps[-1]} did not arrive; wandb sync said: {output[-300:]}")
             time.sleep(1)
@@ -123,9 +123,9 @@ def sync(files: Sequence[Path], service: Service) -> list[tuple[str, str, str, b
     for file in files:
         name, fragment = f"{file.parents[2].name}/{file.parent.name}", read_fragment(file)
         if fragment is None:
-            outcomes.append((name, "", f"skipped: torn, no row in its {file.stat().st_size} bytes", True))
+            outcomes.append((name, "", f"skipped: torn, nothing whole in its {file.stat().st_size} bytes", True))
             continue
-        steps = f"{fragment.steps[0]} to {fragment.steps[-1]}"
+        steps = f"{fragment.steps[0]} to {fragment.steps[-1]}" if fragment.steps else "none"
         try:
             if fragment.run in failed:
                 raise SyncError("not tried, since a fragment before it failed")
@@ -141,13 +141,14 @@ def sync(files: Sequence[Path], service: Service) -> list[tuple[str, str, str, b
 def _sync_fragment(fragment: Fragment, service: Service) -> str:
     there = service.last_step(fragment)
     rows = sum(step > there for step in fragment.steps)
-    # The last fragment of a run may bring results, which are in no row.
+    # The last start of a run may bring results, which are in no row. Of others, they would overwrite newer ones.
     offline = fragment.path.parent.name.startswith("offline-")
-    results = offline and fragment.steps[-1] == there and not Path(f"{fragment.path}.synced").exists()
+    last = max(fragment.steps, default=there) == there
+    results = offline and last and not Path(f"{fragment.path}.synced").exists()
     if not rows and not results:
         return "was there"
     service.upload(fragment, there)
-    return f"uploaded {rows} of {len(fragment.steps)} rows, verified"
+    return f"uploaded {rows} of {len(fragment.steps)} rows, verified" if rows else "uploaded results, had no new rows"
 
 
 def print_table(outcomes: Sequence[tuple[str, str, str, bool]]) -> None:

@@ -4,10 +4,15 @@ import importlib.util
 import json
 import os
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
+from wandb.proto.wandb_internal_pb2 import Record
 
+from launch.wandb_file import read_records
+from tests.cluster import network
 from tests.process.fleet import Fleet
 from tests.wandb_server import KEY, WandbServer
 from train.engine import wandb_tracker
@@ -101,6 +106,7 @@ def test_one_run_with_exact_rows_over_three_starts_with_a_kill(tracked, server):
     row = server.only_run().history[-1]
     for name in ("train/grad_norm", "train/learning_rate", "perf/samples_per_second", "perf/memory_mb", "val/loss"):
         assert name in row, name
+    assert server.only_run().settings()["start"]["step"] == 8
     assert set(tracked.identity()["result"]) >= {"test/loss"} <= set(server.only_run().summary)
 
 
@@ -139,6 +145,82 @@ def test_pictures_arrive(tracked, server):
     assert "first_batch" in run.history[0] and "curves" in run.summary
     for picture in (run.history[0]["first_batch"], run.summary["curves"]):
         assert run.uploads[picture["path"]][:4] == b"\x89PNG"
+
+
+def test_pictures_of_the_other_scripts_arrive(tracked, server, tmp_path):
+    """Reconstructions with the row of their step, the answers of a stateful model at the end."""
+    common = ["--tracker", "wandb", "--output_dir", tmp_path]
+    reconstruct = ["--run_name", "images", "--preflight", "off", "--max_train_steps", 2, "--batch_size", 8]
+    stateful = ["--run_name", "answers", "--max_train_steps", 2, "--window", 50, "--engine", "eager"]
+    for script, arguments in (("reconstruct", reconstruct), ("stateful_lstm", stateful)):
+        environment = server.environment(HOME=str(tracked.home))
+        finished = Fleet(tmp_path / "output", script, [*common, *arguments], environment=environment).wait()
+        assert finished.code == 0, finished.output
+    runs = {run.fields["displayName"]: run for run in server.runs.values()}
+    assert runs["images"].fields["jobType"] == "reconstruct"
+    assert runs["images"].history[-1]["_step"] == 2
+    for run, picture in (
+        (runs["images"], runs["images"].history[-1]["reconstructions"]),
+        (runs["answers"], runs["answers"].summary["answers"]),
+    ):
+        assert run.uploads[picture["path"]][:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_checkpoints_become_artifacts_without_a_copy(tracked):
+    """Offline; W&B's file names the checkpoints where they lie, and the home directory stays small."""
+    tracked.run({"WANDB_MODE": "offline"}, "--max_train_steps", 8, "--wandb_artifact")
+    (file,) = tracked.path.glob("wandb/offline-run-*/*.wandb")
+    records = [Record.FromString(content) for content in read_records(file)]
+    artifacts = [record.request.log_artifact.artifact for record in records if record.request.HasField("log_artifact")]
+    artifacts += [record.artifact for record in records if record.HasField("artifact")]
+    assert {alias for artifact in artifacts for alias in artifact.aliases} >= {"best", "final"}
+    for artifact in artifacts:
+        (weights,) = [entry for entry in artifact.manifest.contents if entry.path == "model.safetensors"]
+        assert weights.local_path.startswith(str(tracked.path / "checkpoints" / "step_"))
+    copies = [path for path in [*tracked.home.rglob("*"), *(tracked.path / "wandb").rglob("*")] if path.is_file()]
+    assert not [path for path in copies if path.stat().st_size == Path(weights.local_path).stat().st_size]
+
+
+@pytest.mark.slow
+def test_no_other_host_is_contacted(tracked):
+    """In a network that leads nowhere, but would count what is sent there."""
+    reason = network.missing_reason()
+    if reason is not None:
+        pytest.skip(reason)
+    script = """
+        sysctl -qw net.ipv6.conf.default.disable_ipv6=1 && ip link set lo up &&
+        ip link add out type veth peer name far && ip address add 10.9.9.1/24 dev out &&
+        ip link set far up && ip link set out up && ip route add default dev out &&
+        mount -t sysfs sysfs /sys && mount --bind "$1" /etc/resolv.conf && shift && "$@"
+        echo sent $(cat /sys/class/net/out/statistics/tx_packets)
+        python3 -c 'import socket; socket.getaddrinfo("example.org", 443)' 2> /dev/null
+        echo sent then $(cat /sys/class/net/out/statistics/tx_packets)
+    """
+    names = tracked.folder / "resolv.conf"
+    names.write_text("nameserver 10.9.9.9\n")
+    command = ["unshare", "--net", "--mount", "sh", "-c", script, "sh", names, sys.executable, "-m", __name__]
+    hidden = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    finished = subprocess.run(
+        [*command, tracked.folder],
+        cwd=Path(__file__).parents[2],
+        env={**hidden, "HOME": str(tracked.home)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert "steps [1, 2, 3, 4]" in finished.stdout, finished.stdout
+    assert "sent 0\n" in finished.stdout and "sent then" in finished.stdout, finished.stdout
+    assert "sent then 0\n" not in finished.stdout, finished.stdout
+
+
+def _train_beside_server(folder):
+    """Train with a server in the same network, and print what it got."""
+    server = WandbServer()
+    arguments = ["--output_dir", folder, "--run_name", "run", "--max_train_steps", 4, *SETTINGS]
+    finished = Fleet(Path(folder), "classify", arguments, environment=server.environment()).wait()
+    print(finished.output, "steps", server.only_run().steps)
 
 
 # ---- whatever W&B does -----------------------------------------------------------------------------------------------
@@ -208,6 +290,18 @@ def test_service_that_goes_down_in_the_middle(tracked, server, fault):
         server.fault = None
         tracked.run(server.environment(), "--max_train_steps", 10)
         assert_same_rows(server, tracked)
+
+
+def test_failure_of_the_run_itself_is_not_held_up(tracked, server):
+    server.die_after, server.die_of = 0, "silent"
+    faults = [
+        ("poison_loss", 5, "nan", 1),
+        ("set_attribute", "train.engine.wandb_tracker", "FINISH_TIMEOUT_SECONDS", 5),
+    ]
+    started = time.monotonic()
+    finished = tracked.start(server.environment(), "--max_train_steps", 8, faults=faults).wait()
+    assert finished.code == 1 and "NaN" in finished.output and "Traceback" not in finished.output, finished.output
+    assert time.monotonic() - started < 60
 
 
 def test_killed_wandb(tracked, server):
@@ -286,3 +380,7 @@ def test_recipes_name_one_tracker_or_several(tmp_path, monkeypatch, line, expect
 def test_none_stands_alone():
     with pytest.raises(UsageError, match="none alone"):
         parse_settings(RunSettings, ["--tracker", "none", "wandb"], "")
+
+
+if __name__ == "__main__":
+    _train_beside_server(sys.argv[1])

@@ -525,7 +525,7 @@ def test_sound_recipes_raise_no_false_alarm(tmp_path, recipe):
     for seed in range(20):
         arguments = ["--config", file, "--seed", str(seed)]
         settings = dataclasses.asdict(parse_settings(ClassifySettings, arguments, ""))
-        changed = {**settings, **RECIPES[recipe], "output_dir": str(tmp_path), "tracker": ("none",), "preflight": "full"}
+        changed = {**settings, **RECIPES[recipe], "output_dir": str(tmp_path), "tracker": "none", "preflight": "full"}
         # Without the round trip, whose warning about the time to save depends on how busy the disk is.
         checks = [check for check in CHECKS if check is not preflight.check_round_trip]
         report = examine(classify_subject(tmp_path, **changed), checks)
