@@ -24,7 +24,7 @@ from launch.wandb_file import Fragment, read_fragment, write_rest
 
 ANSWER_SECONDS = 20
 ARRIVAL_SECONDS = 60  # W&B shows what it took a little later
-UPLOAD_SECONDS = 3600  # of one fragment, pictures included
+UPLOAD_SECONDS = 900  # of one fragment, pictures included; wandb itself tries for hours
 
 
 class SyncError(Exception):
@@ -94,7 +94,7 @@ def _run_sync(folder: Path) -> str:
             timeout=UPLOAD_SECONDS,
         ).stdout
     except subprocess.TimeoutExpired as error:
-        raise SyncError(f"took more than {UPLOAD_SECONDS} s") from error
+        raise SyncError(f"took more than {UPLOAD_SECONDS} s; repeat this, and the rest is sent") from error
 
 
 def find_files(folders: Sequence[Path]) -> list[Path]:

@@ -51,7 +51,7 @@ class WandbServer:
     Attributes:
         runs: by their ids.
         fault: None; "error": HTTP 500 for ever; "silent": accepts, never answers; "key": refuses every key; "gone":
-            refuses connections.
+            refuses connections; "rows": HTTP 500 to rows alone.
         die_after: rows that it takes before the fault `die_of` begins, or None.
     """
 
@@ -218,6 +218,8 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, {"data": server.answer(operation, asked["query"], asked.get("variables") or {})}
         if self.path.endswith("/file_stream"):
             name, sent = self.path.split("/")[4], json.loads(body)
+            if server.fault == "rows":
+                return 500, {"error": "told to fail"}
             if server.dies_of(name, sent):
                 return self._act(server, body)
             server.store(name, sent)

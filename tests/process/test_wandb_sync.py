@@ -1,5 +1,6 @@
 """launch/wandb_sync.py against a server: every row arrives once, whatever was there before."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.wandb_file import HEADER, read_records, write_records
+from launch.wandb_file import HEADER, read_fragment, read_records, write_records
+from launch.wandb_sync import find_files
 from tests.process.test_tracking import Tracked, assert_same_rows
 from tests.wandb_server import WandbServer
 
@@ -29,11 +31,14 @@ def tracked(tmp_path):
     return Tracked(tmp_path)
 
 
-def sync(tracked, environment, *folders):
-    """Run the script; return its exit code and output."""
+def sync(tracked, environment, *folders, **constants):
+    """Run the script, with other values of some of its constants; return its exit code and output."""
+    script = f"import sys, launch.wandb_sync as script; vars(script).update({constants}); "
+    script += "sys.exit(script.main(sys.argv[1:]))"
+    command = ["-c", script] if constants else ["launch/wandb_sync.py"]
     hidden = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     finished = subprocess.run(
-        [sys.executable, "launch/wandb_sync.py", *map(str, folders)],
+        [sys.executable, *command, *map(str, folders)],
         cwd=ROOT,
         env={**hidden, "PYTHONPATH": str(ROOT), "HOME": str(tracked.home), **environment},
         stdin=subprocess.DEVNULL,
@@ -60,6 +65,9 @@ def test_three_starts_and_a_torn_file(tracked, server):
     torn.parent.mkdir()
     torn.write_bytes(HEADER)
     tracked.run(offline, "--max_train_steps", 14, *every_second)
+    fragments = map(read_fragment, find_files([tracked.path]))
+    steps = [step for fragment in fragments if fragment is not None for step in fragment.steps]
+    assert steps == [2, 4, 6, 8, 10, 12, 14]  # no step twice: `wandb sync` would do, too
     code, output = sync(tracked, online, tracked.folder)
     assert code == 0, output
     assert output.count("verified") >= 2 and "failed" not in output, output
@@ -116,6 +124,30 @@ def test_failure_has_exit_code_1_and_is_named(tracked, server):
     server.close()
     code, output = sync(tracked, server.environment(), tracked.path)
     assert code == 1 and "error: W&B does not answer, or refuses the key" in output, output
+
+
+@pytest.mark.slow
+def test_rows_that_are_not_taken_are_noticed(tracked, server):
+    """W&B's own command tries for hours, or ends with exit code 0; a start after the one that failed waits."""
+    for steps in (2, 4):
+        tracked.run(server.environment(WANDB_MODE="offline"), "--max_train_steps", steps)
+    server.die_after, server.die_of = 0, "rows"
+    code, output = sync(tracked, server.environment(), tracked.path, UPLOAD_SECONDS=8, ARRIVAL_SECONDS=1)
+    assert code == 1 and "failed: " in output and "failed: not tried" in output, output
+    server.fault = None
+    code, output = sync(tracked, server.environment(), tracked.path)
+    assert code == 0, output
+    assert_same_rows(server, tracked)
+
+
+@pytest.mark.slow
+def test_run_that_goes_on_is_left_alone(tracked, server):
+    tracked.run(server.environment(WANDB_MODE="offline"), "--max_train_steps", 2)
+    with open(tracked.path / "run.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, output = sync(tracked, server.environment(), tracked.path)
+    assert code == 1 and "failed: the run goes on" in output, output
+    assert server.runs == {}
 
 
 def test_bad_usage_has_exit_code_2(tracked, server):

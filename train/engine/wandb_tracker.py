@@ -75,9 +75,8 @@ class WandbTracker(GeneralTracker):
                 wandb.teardown()  # it would take the run for open
                 wandb.setup(wandb.Settings(silent=True))
         if self.run is None:
-            mode = "offline" if mode == "online" else mode
-            self._open(mode)
-        if mode == "offline":
+            self._open("offline" if mode == "online" else mode)
+        if self.run.offline:
             print(f"{told}; upload later with: python launch/wandb_sync.py {self._directory.path}", flush=True)
             self._sent = self._last_step_on_disk()
         else:
