@@ -53,12 +53,14 @@ class WandbServer:
         fault: None; "error": HTTP 500 for ever; "silent": accepts, never answers; "key": refuses every key; "gone":
             refuses connections; "rows": HTTP 500 to rows alone.
         die_after: rows that it takes before the fault `die_of` begins, or None.
+        die_at: name of the GraphQL operation at which it begins, or None.
     """
 
     def __init__(self):
         self.runs: dict[str, StoredRun] = {}
         self.fault = None
         self.die_after = None
+        self.die_at = None
         self.die_of = None
         self.requests: list[str] = []
         self.unknown: list[str] = []
@@ -215,6 +217,9 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             operation = asked.get("operationName") or re.search(r"(?:query|mutation) (\w+)", asked["query"])[1]
             server.requests[-1] += f" {operation}"
+            if operation == server.die_at:
+                server.fault, server.die_at = server.die_of, None
+                return self._act(server, body)
             return 200, {"data": server.answer(operation, asked["query"], asked.get("variables") or {})}
         if self.path.endswith("/file_stream"):
             name, sent = self.path.split("/")[4], json.loads(body)

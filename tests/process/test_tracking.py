@@ -278,6 +278,18 @@ def test_service_that_is_down_at_the_start(tracked, server, fault):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fault", ["silent", "error"])
+def test_artifact_that_is_not_taken(tracked, server, fault):
+    """The service went down in the middle, and W&B asks it for a while before it takes an artifact."""
+    server.die_at, server.die_of = "ArtifactType", fault
+    names = ("FINISH_TIMEOUT_SECONDS", "ARTIFACT_SECONDS")
+    faults = [("set_attribute", "train.engine.wandb_tracker", name, 3) for name in names]
+    fleet = tracked.start(server.environment(), "--max_train_steps", 8, "--wandb_artifact", faults=faults)
+    assert "warning: wandb failed (an artifact was not" in assert_ends_well(tracked, fleet, warnings=1)
+    assert wandb_tracker.FINISH_TIMEOUT_SECONDS + wandb_tracker.ARTIFACT_SECONDS <= 30
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["gone", "silent", "error"])
 def test_service_that_goes_down_in_the_middle(tracked, server, fault):
     """What it did not get, all rows, is sent by a later start."""

@@ -11,8 +11,11 @@ import dataclasses
 import json
 import logging
 import os
+import queue
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ from train.engine.run_directory import RunDirectory
 from train.engine.settings import RunSettings
 
 INIT_TIMEOUT_SECONDS = 20
-FINISH_TIMEOUT_SECONDS = 25
+FINISH_TIMEOUT_SECONDS = 20
+ARTIFACT_SECONDS = 10  # for one without bytes
+ARTIFACT_BYTES_PER_SECOND = 5e6
 READ_TIMEOUT_SECONDS = 60  # of a file of an earlier start; it takes 2 s, most of it to start Python
 PROJECT = "exact-training"
 BY_STEP = ("reconstructions", "samples")  # folders of pictures of a step
@@ -151,15 +156,23 @@ class WandbTracker(GeneralTracker):
         """Write the pictures of the run into the summary, and store checkpoints as artifacts if that is wanted."""
         plots = {path.stem: path for path in self._directory.plots.glob("*.png") if path.stem != "first_batch"}
         self.run.summary.update(_load_images(plots))
-        if not self._settings.wandb_artifact:
-            return
+        if self._settings.wandb_artifact:
+            for name, path in checkpoints.items():
+                self._store(name, path)
+
+    def _store(self, name: str, path: Path) -> None:
         import wandb
 
-        for name, path in checkpoints.items():
-            artifact = wandb.Artifact(f"{self.run.id}-{name}", type="checkpoint", metadata={"folder": path.name})
-            # Immutable: sent from where they lie; otherwise W&B would first copy them into the home directory.
-            artifact.add_dir(str(path), policy="immutable", skip_cache=True)
-            self.run.log_artifact(artifact, aliases=[name])
+        artifact = wandb.Artifact(f"{self.run.id}-{name}", type="checkpoint", metadata={"folder": path.name})
+        # Immutable: sent from where they lie; otherwise W&B would first copy them into the home directory.
+        artifact.add_dir(str(path), policy="immutable", skip_cache=True)
+
+        def upload() -> None:
+            logged = self.run.log_artifact(artifact, aliases=[name])
+            if not self.run.offline:
+                logged.wait()
+
+        _act_within(ARTIFACT_SECONDS + artifact.size / ARTIFACT_BYTES_PER_SECOND, upload)
 
     def finish(self) -> None:
         """Send what is left, for a bounded time.
@@ -179,3 +192,28 @@ def _load_images(paths: dict[str, Path]) -> dict[str, Any]:
     import wandb
 
     return {name: wandb.Image(str(path)) for name, path in paths.items()}
+
+
+def _act_within(seconds: float, act: Callable[[], None]) -> None:
+    """Act for a bounded time; then leave the act alone.
+
+    Raises:
+        TimeoutError: it takes longer.
+        Exception: what the act raises.
+    """
+    outcome: queue.Queue[Exception | None] = queue.Queue()
+
+    def work() -> None:
+        try:
+            act()
+            outcome.put(None)
+        except Exception as error:
+            outcome.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"an artifact was not taken in {seconds:.0f} s") from None
+    if error is not None:
+        raise error
