@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import itertools
+import json
 import os
 import re
 import subprocess
@@ -25,6 +27,8 @@ from launch.wandb_file import Fragment, read_fragment, write_rest
 ANSWER_SECONDS = 20
 ARRIVAL_SECONDS = 60  # W&B shows what it took a little later
 UPLOAD_SECONDS = 900  # of one fragment, pictures included; wandb itself tries for hours
+
+Outcome = tuple[str, str, str, bool]  # a fragment, its steps, what became of it, whether that is well
 
 
 class SyncError(Exception):
@@ -116,25 +120,48 @@ def is_in_use(file: Path) -> bool:
     return False
 
 
-def sync(files: Sequence[Path], service: Service) -> list[tuple[str, str, str, bool]]:
-    """Upload files; return for each its name, its steps, what became of it, and whether that is well."""
-    outcomes = []
-    failed: set[str] = set()
+def last_metrics(run: Path) -> int:
+    """Return the last step in a run's metrics.jsonl, -1 if there is none; a torn last line does not count."""
+    step = -1
+    if (run / "metrics.jsonl").exists():
+        for line in (run / "metrics.jsonl").read_bytes().splitlines():
+            try:
+                step = max(step, json.loads(line)["step"])
+            except ValueError:
+                break
+    return step
+
+
+def sync(files: Sequence[Path], service: Service) -> list[Outcome]:
+    """Upload the files of all runs; return what became of each."""
+    runs = itertools.groupby(files, key=lambda file: file.parents[2])
+    return [outcome for run, group in runs for outcome in _sync_run(run, list(group), service)]
+
+
+def _sync_run(run: Path, files: Sequence[Path], service: Service) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    newest: Fragment | None = None
     for file in files:
-        name, fragment = f"{file.parents[2].name}/{file.parent.name}", read_fragment(file)
+        name, fragment = f"{run.name}/{file.parent.name}", read_fragment(file)
         if fragment is None:
             outcomes.append((name, "", f"skipped: torn, nothing whole in its {file.stat().st_size} bytes", True))
             continue
         steps = f"{fragment.steps[0]} to {fragment.steps[-1]}" if fragment.steps else "none"
         try:
-            if fragment.run in failed:
-                raise SyncError("not tried, since a fragment before it failed")
+            if not all(well for *_, well in outcomes):
+                raise SyncError("not tried, since one before it failed")
             if is_in_use(file):
                 raise SyncError("the run goes on; repeat this when it has ended")
             outcomes.append((name, steps, _sync_fragment(fragment, service), True))
+            newest = fragment
         except SyncError as error:
-            failed.add(fragment.run)
             outcomes.append((name, steps, f"failed: {error}", False))
+    if newest is not None and all(well for *_, well in outcomes):
+        there, wanted = service.last_step(newest), last_metrics(run)
+        if there < wanted:
+            advice = "give the command of the run again, which sends them, offline too"
+            steps = f"{there + 1} to {wanted}"
+            outcomes.append((run.name, steps, f"failed: only metrics.jsonl has these: {advice}", False))
     return outcomes
 
 
@@ -151,7 +178,7 @@ def _sync_fragment(fragment: Fragment, service: Service) -> str:
     return f"uploaded {rows} of {len(fragment.steps)} rows, verified" if rows else "uploaded results, had no new rows"
 
 
-def print_table(outcomes: Sequence[tuple[str, str, str, bool]]) -> None:
+def print_table(outcomes: Sequence[Outcome]) -> None:
     """Print what became of each fragment."""
     rows = [("fragment", "steps", "outcome"), *(outcome[:3] for outcome in outcomes)]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]

@@ -51,7 +51,7 @@ class WandbServer:
     Attributes:
         runs: by their ids.
         fault: None; "error": HTTP 500 for ever; "silent": accepts, never answers; "key": refuses every key; "gone":
-            refuses connections; "rows": HTTP 500 to rows alone.
+            refuses connections; "rows": HTTP 500 to rows alone; "lost": thanks for rows and forgets them.
         die_after: rows that it takes before the fault `die_of` begins, or None.
         die_at: name of the GraphQL operation at which it begins, or None.
     """
@@ -225,6 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
             name, sent = self.path.split("/")[4], json.loads(body)
             if server.fault == "rows":
                 return 500, {"error": "told to fail"}
+            if server.fault == "lost":
+                return 200, {"exitcode": None, "limits": {}}
             if server.dies_of(name, sent):
                 return self._act(server, body)
             server.store(name, sent)

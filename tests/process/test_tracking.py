@@ -122,7 +122,12 @@ def test_rows_that_a_killed_start_never_sent_are_sent_by_the_next(tracked, serve
 
 def test_what_describes_a_run_arrives(tracked, server):
     mine = {"WANDB_RUN_GROUP": "my group", "WANDB_TAGS": "one,two", "WANDB_JOB_TYPE": "sweep", "WANDB_NAME": "my name"}
-    mine |= {"WANDB_ENTITY": "team", "WANDB_PROJECT": "my project", "SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "1"}
+    mine |= {
+        "WANDB_ENTITY": "team",
+        "WANDB_PROJECT": "my project",
+        "SLURM_JOB_ID": "4711",
+        "SLURM_ARRAY_JOB_ID": "4700",
+    }
     tracked.run(server.environment(**mine), "--max_train_steps", 2, "--learning_rate", 0.002)
     run = server.only_run()
     assert (run.entity, run.project, run.tags) == ("team", "my project", ["one", "two"])
@@ -133,10 +138,17 @@ def test_what_describes_a_run_arrives(tracked, server):
     }
     settings, (start,) = run.settings(), tracked.identity()["starts"]
     assert (settings["learning_rate"], settings["model"]) == (0.002, "mlp")
-    assert settings["start"]["scheduler"] == {"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "1"}
+    assert settings["start"]["scheduler"] == {"SLURM_JOB_ID": "4711", "SLURM_ARRAY_JOB_ID": "4700"}
     assert settings["start"]["commit"] == start["commit"]
     if start["commit"] is not None:
         assert start["commit"].startswith(run.fields["commit"])
+
+
+def test_job_array_is_a_group(tracked, server):
+    tracked.run(server.environment(SLURM_ARRAY_JOB_ID="4700"), "--max_train_steps", 2)
+    run = server.only_run()
+    assert [run.fields[name] for name in ("groupName", "jobType", "displayName")] == ["4700", "classify", "run"]
+    assert run.project == "exact-training"
 
 
 def test_pictures_arrive(tracked, server):

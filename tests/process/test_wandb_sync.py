@@ -127,17 +127,38 @@ def test_failure_has_exit_code_1_and_is_named(tracked, server):
 
 
 @pytest.mark.slow
-def test_rows_that_are_not_taken_are_noticed(tracked, server):
+@pytest.mark.parametrize("fault", ["rows", "lost"])
+def test_rows_that_are_not_taken_are_noticed(tracked, server, fault):
     """W&B's own command tries for hours, or ends with exit code 0; a start after the one that failed waits."""
     for steps in (2, 4):
         tracked.run(server.environment(WANDB_MODE="offline"), "--max_train_steps", steps)
-    server.die_after, server.die_of = 0, "rows"
+    server.fault = fault
     code, output = sync(tracked, server.environment(), tracked.path, UPLOAD_SECONDS=8, ARRIVAL_SECONDS=1)
-    assert code == 1 and "failed: " in output and "failed: not tried" in output, output
+    assert code == 1 and "failed: not tried" in output, output
+    assert {"rows": "failed: took more than 8 s", "lost": "failed: step 2 did not arrive"}[fault] in output, output
     server.fault = None
     code, output = sync(tracked, server.environment(), tracked.path)
     assert code == 0, output
     assert_same_rows(server, tracked)
+
+
+@pytest.mark.slow
+def test_rows_that_no_file_has_are_named_and_sent_by_the_next_start(tracked, server):
+    """A kill of the whole machine leaves less in W&B's file than in metrics.jsonl."""
+    offline = server.environment(WANDB_MODE="offline")
+    tracked.run(offline, "--max_train_steps", 6)
+    (file,) = find_files([tracked.path])
+    records = list(read_records(file))
+    while len(read_fragment(file).steps) > 3:
+        records.pop()
+        write_records(file, records)
+    code, output = sync(tracked, server.environment(), tracked.path)
+    assert code == 1 and "4 to 6  failed: only metrics.jsonl has these" in output, output
+    tracked.run(offline, "--max_train_steps", 6)
+    code, output = sync(tracked, server.environment(), tracked.path)
+    assert code == 0, output
+    assert_same_rows(server, tracked)
+    assert "test/loss" in server.only_run().summary
 
 
 @pytest.mark.slow

@@ -121,16 +121,17 @@ class WandbTracker(GeneralTracker):
         identity = self._directory.identity["wandb_id"]
         files = sorted(self._directory.path.glob(f"wandb/*run-*-{identity}/run-{identity}.wandb"), key=_started)
         for file in reversed(files[:-1]):  # the last is of this start
-            # A file without a whole record, of a start that was killed at once, is refused.
+            # Of a file that a kill tore, the whole records are printed. Rows count: the summary is written before
+            # its row, and may know of one that is lost.
             read = subprocess.run(
-                [sys.executable, "-m", "wandb", "leet", "inspect", "--json", "--summary", str(file)],
+                [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 timeout=READ_TIMEOUT_SECONDS,
             )
-            step = json.loads(read.stdout)["summary"].get("_step", -1) if read.returncode == 0 else -1
-            if step >= 0:
-                return int(step)
+            rows = [line for line in read.stdout.splitlines() if b'"type":"history"' in line]
+            if rows:
+                return int(json.loads(rows[-1])["history"]["step"]["num"])
         return -1
 
     def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
