@@ -94,6 +94,7 @@ def tracked(tmp_path):
 # ---- what arrives ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_run_with_exact_rows_over_three_starts_with_a_kill(tracked, server):
     """The first start is stopped by its length, the second killed between two checkpoints, the third ends."""
     online = server.environment()
@@ -260,7 +261,7 @@ def test_no_key(tracked, server):
     output = assert_ends_well(
         tracked, tracked.start({"WANDB_BASE_URL": server.url}, "--max_train_steps", 8), warnings=0
     )
-    assert "W&B: there is no key: offline; upload later with: python launch/wandb_sync.py" in output
+    assert "W&B: offline (there is no key); upload later with: python launch/wandb_sync.py" in output
     assert server.requests == []
 
 
@@ -268,7 +269,7 @@ def test_nobody_at_a_terminal_is_asked(tracked, server):
     """There is no key, and W&B would ask for one."""
     fleet = tracked.start({"WANDB_BASE_URL": server.url}, "--max_train_steps", 8, faults=[("sit_at_terminal",)])
     output = assert_ends_well(tracked, fleet, warnings=0)
-    assert "8/8" in output and "W&B: there is no key" in output
+    assert "8/8" in output and "W&B: offline (there is no key)" in output
 
 
 @pytest.mark.parametrize("key", ["short", KEY])

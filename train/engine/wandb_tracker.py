@@ -66,7 +66,7 @@ class WandbTracker(GeneralTracker):
         # On a full disk, the log of W&B would print a traceback for each of its lines.
         logging.raiseExceptions = False
         wandb.setup(wandb.Settings(silent=True))
-        mode = os.environ.get("WANDB_MODE", "online")
+        mode = os.environ.get("WANDB_MODE") or "online"
         told = "W&B: offline"
         if mode == "online":
             try:
@@ -74,7 +74,7 @@ class WandbTracker(GeneralTracker):
                 if wandb.login(prompt=False, verify=False):
                     self._open(mode)
                 else:
-                    told = "W&B: there is no key: offline"
+                    told = "W&B: offline (there is no key)"
             except Exception as error:  # whatever it is, what is kept offline can be uploaded later
                 told = f"warning: W&B lets us not in ({' '.join(str(error).split())}): offline"
                 wandb.teardown()  # it would take the run for open
@@ -119,8 +119,9 @@ class WandbTracker(GeneralTracker):
     def _last_step_on_disk(self) -> int:
         """Return the last step in the files of earlier starts, -1 if there is none. The newest file knows it."""
         identity = self._directory.identity["wandb_id"]
-        files = sorted(self._directory.path.glob(f"wandb/*run-*-{identity}/run-{identity}.wandb"), key=_started)
-        for file in reversed(files[:-1]):  # the last is of this start
+        files = self._directory.path.glob(f"wandb/*run-*-{identity}/run-{identity}.wandb")
+        before = [file for file in files if file.parent != Path(self.run.dir).parent]
+        for file in sorted(before, key=_started, reverse=True):
             # Of a file that a kill tore, the whole records are printed. Rows count: the summary is written before
             # its row, and may know of one that is lost.
             read = subprocess.run(
