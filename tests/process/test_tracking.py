@@ -1,11 +1,9 @@
-"""What W&B gets, row by row, from runs that are killed; and runs that end well whatever W&B does."""
+"""What W&B and TensorBoard get, row by row, from runs that are killed."""
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,82 +12,11 @@ from wandb.proto.wandb_internal_pb2 import Record
 from launch.wandb_file import read_records
 from tests.cluster import network
 from tests.process.fleet import Fleet
-from tests.wandb_server import KEY, WandbServer
-from train.engine import wandb_tracker
+from tests.process.tracked import SETTINGS, assert_same_rows
+from tests.wandb_server import WandbServer
 from train.engine.cli import parse_settings, settings_to_yaml
 from train.engine.errors import UsageError
 from train.engine.settings import RunSettings
-
-SETTINGS = ["--model", "mlp", "--log_every", "1", "--eval_every", "4", "--checkpoint_every", "4"]
-SETTINGS += ["--keep_checkpoints", "9", "--preflight", "off"]
-
-
-@pytest.fixture
-def server():
-    """A W&B server on the loopback."""
-    server = WandbServer()
-    yield server
-    server.close()
-    assert server.unknown == []
-
-
-class Tracked:
-    """Runs train/classify.py with W&B in a folder and a home of their own."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.path = folder / "run"
-        self.home = folder / "home"
-        self.home.mkdir()
-
-    def start(self, environment, *arguments, faults=(), tracker=("wandb",)):
-        """Start the run."""
-        hidden = {"WANDB_MODE": None, "WANDB_API_KEY": None, "HOME": str(self.home), "NETRC": str(self.home / "netrc")}
-        common = ["--tracker", *tracker, "--output_dir", self.folder, "--run_name", "run", *SETTINGS]
-        environment = {**hidden, **environment}
-        return Fleet(
-            self.folder / "output", "classify", [*common, *arguments], environment=environment, faults=list(faults)
-        )
-
-    def run(self, environment, *arguments, **options):
-        """Run to the end; fail unless the exit code is 0."""
-        finished = self.start(environment, *arguments, **options).wait()
-        assert finished.code == 0, finished.output
-        return finished
-
-    def rows(self):
-        """Return the metrics of each step in metrics.jsonl, without the clock's and those of the test split."""
-        rows = {}
-        for line in (self.path / "metrics.jsonl").read_text().splitlines():
-            line = json.loads(line)
-            rows.setdefault(line.pop("step"), {}).update(_plain(line))
-        return {step: row for step, row in rows.items() if row}
-
-    def identity(self):
-        """Return what run.json holds."""
-        return json.loads((self.path / "run.json").read_text())
-
-
-def _plain(row):
-    """Return the numbers of a row that a repetition gives again."""
-    clocked = ("perf/", "test/", "_", "time")
-    return {name: value for name, value in row.items() if not (name.startswith(clocked) or isinstance(value, dict))}
-
-
-def assert_same_rows(server, tracked):
-    """Fail unless the server has each row of metrics.jsonl once, in order and with the same numbers, in one run."""
-    run = server.only_run()
-    rows = tracked.rows()
-    assert run.steps == list(rows)
-    assert [_plain(row) for row in run.history] == list(rows.values())
-    assert run.name == tracked.identity()["wandb_id"]
-
-
-@pytest.fixture
-def tracked(tmp_path):
-    """A folder in which to run train/classify.py with W&B."""
-    return Tracked(tmp_path)
-
 
 # ---- what arrives ----------------------------------------------------------------------------------------------------
 
@@ -234,129 +161,6 @@ def _train_beside_server(folder):
     arguments = ["--output_dir", folder, "--run_name", "run", "--max_train_steps", 4, *SETTINGS]
     finished = Fleet(Path(folder), "classify", arguments, environment=server.environment()).wait()
     print(finished.output, "steps", server.only_run().steps)
-
-
-# ---- whatever W&B does -----------------------------------------------------------------------------------------------
-
-
-def assert_ends_well(tracked, fleet, warnings):
-    """Fail unless the run ends with a trained model, so many warnings, and soon after its last line of metrics."""
-    finished = fleet.wait(180)
-    ended = time.time()
-    assert finished.code == 0, finished.output
-    assert len([line for line in finished.output.splitlines() if "warning" in line.lower()]) == warnings, (
-        finished.output
-    )
-    assert "Traceback" not in finished.output
-    lines = [json.loads(line) for line in (tracked.path / "metrics.jsonl").read_text().splitlines()]
-    assert "test/loss" in lines[-1]
-    assert list(tracked.rows()) == list(range(1, 9))
-    # A bound in the code is what is asserted; the rest is for a machine under load.
-    assert ended - lines[-1]["time"] < wandb_tracker.FINISH_TIMEOUT_SECONDS + 35
-    assert max(wandb_tracker.FINISH_TIMEOUT_SECONDS, wandb_tracker.INIT_TIMEOUT_SECONDS) <= 25
-    return finished.output
-
-
-def test_no_key(tracked, server):
-    output = assert_ends_well(
-        tracked, tracked.start({"WANDB_BASE_URL": server.url}, "--max_train_steps", 8), warnings=0
-    )
-    assert "W&B: offline (there is no key); upload later with: python launch/wandb_sync.py" in output
-    assert server.requests == []
-
-
-def test_nobody_at_a_terminal_is_asked(tracked, server):
-    """There is no key, and W&B would ask for one."""
-    fleet = tracked.start({"WANDB_BASE_URL": server.url}, "--max_train_steps", 8, faults=[("sit_at_terminal",)])
-    output = assert_ends_well(tracked, fleet, warnings=0)
-    assert "8/8" in output and "W&B: offline (there is no key)" in output
-
-
-@pytest.mark.parametrize("key", ["short", KEY])
-def test_bad_key(tracked, server, key):
-    server.fault = "key"
-    fleet = tracked.start(server.environment(WANDB_API_KEY=key, WANDB_MODE=None), "--max_train_steps", 8)
-    assert "warning: W&B lets us not in (" in assert_ends_well(tracked, fleet, warnings=1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", ["gone", "silent", "error"])
-def test_service_that_is_down_at_the_start(tracked, server, fault):
-    server.fault = fault
-    if fault == "gone":
-        server.close()
-    shorter = ("set_attribute", "train.engine.wandb_tracker", "INIT_TIMEOUT_SECONDS", 5)
-    fleet = tracked.start(server.environment(), "--max_train_steps", 8, faults=[shorter])
-    assert "warning: W&B lets us not in (" in assert_ends_well(tracked, fleet, warnings=1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", ["silent", "error"])
-def test_artifact_that_is_not_taken(tracked, server, fault):
-    """The service went down in the middle, and W&B asks it for a while before it takes an artifact."""
-    server.die_at, server.die_of = "ArtifactType", fault
-    names = ("FINISH_TIMEOUT_SECONDS", "ARTIFACT_SECONDS")
-    faults = [("set_attribute", "train.engine.wandb_tracker", name, 3) for name in names]
-    fleet = tracked.start(server.environment(), "--max_train_steps", 8, "--wandb_artifact", faults=faults)
-    assert "warning: wandb failed (an artifact was not" in assert_ends_well(tracked, fleet, warnings=1)
-    assert wandb_tracker.FINISH_TIMEOUT_SECONDS + wandb_tracker.ARTIFACT_SECONDS <= 30
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", ["gone", "silent", "error"])
-def test_service_that_goes_down_in_the_middle(tracked, server, fault):
-    """What it did not get, all rows, is sent by a later start."""
-    server.die_after, server.die_of = 0, fault
-    shorter = ("set_attribute", "train.engine.wandb_tracker", "FINISH_TIMEOUT_SECONDS", 5)
-    fleet = tracked.start(server.environment(), "--max_train_steps", 8, faults=[shorter])
-    assert "warning: wandb failed (Timed out finishing run.)" in assert_ends_well(tracked, fleet, warnings=1)
-    assert server.only_run().steps == []
-    if fault != "gone":
-        server.fault = None
-        tracked.run(server.environment(), "--max_train_steps", 10)
-        assert_same_rows(server, tracked)
-
-
-def test_failure_of_the_run_itself_is_not_held_up(tracked, server):
-    server.die_after, server.die_of = 0, "silent"
-    faults = [
-        ("poison_loss", 5, "nan", 1),
-        ("set_attribute", "train.engine.wandb_tracker", "FINISH_TIMEOUT_SECONDS", 5),
-    ]
-    started = time.monotonic()
-    finished = tracked.start(server.environment(), "--max_train_steps", 8, faults=faults).wait()
-    assert finished.code == 1 and "NaN" in finished.output and "Traceback" not in finished.output, finished.output
-    assert time.monotonic() - started < 60
-
-
-def test_killed_wandb(tracked, server):
-    fleet = tracked.start(server.environment(), "--max_train_steps", 8, faults=[("kill_wandb", 3)])
-    assert "warning: wandb failed" in assert_ends_well(tracked, fleet, warnings=1)
-
-
-def test_home_that_cannot_be_written(tracked, server):
-    fleet = tracked.start(server.environment(HOME="/proc"), "--max_train_steps", 8)
-    assert_ends_well(tracked, fleet, warnings=0)
-    assert_same_rows(server, tracked)
-
-
-@pytest.mark.parametrize("mode", ["online", "offline"])
-def test_full_disk(tracked, server, mode):
-    """A small file system in the place of W&B's files."""
-    folder = tracked.path / "wandb"
-    folder.mkdir(parents=True)
-    if os.geteuid() != 0:
-        pytest.skip("a file system has to be mounted by root")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", folder], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"this kernel or container mounts nothing: {mounted.stderr}")
-    try:
-        fleet = tracked.start(server.environment(WANDB_MODE=mode), "--max_train_steps", 8)
-        assert_ends_well(tracked, fleet, warnings=1)
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 # ---- TensorBoard, and several at once --------------------------------------------------------------------------------

@@ -10,25 +10,9 @@ import pytest
 
 from launch.wandb_file import HEADER, read_fragment, read_records, write_records
 from launch.wandb_sync import find_files
-from tests.process.test_tracking import Tracked, assert_same_rows
-from tests.wandb_server import WandbServer
+from tests.process.tracked import assert_same_rows
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def server():
-    """A W&B server on the loopback."""
-    server = WandbServer()
-    yield server
-    server.close()
-    assert server.unknown == []
-
-
-@pytest.fixture
-def tracked(tmp_path):
-    """A folder in which to run train/classify.py with W&B."""
-    return Tracked(tmp_path)
 
 
 def sync(tracked, environment, *folders, **constants):
