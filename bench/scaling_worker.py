@@ -148,7 +148,7 @@ class Worker:
     def _build_loop(self, model: nn.Module, way: str, batch_size: int, inputs: InputSpec) -> Loop:
         slots = 1 if way == "alone" else self.runtime.num_processes  # buffers are not shared either
         reduction = "exact" if way == "exact" else "fast"
-        settings = TrainSettings(batch_size=batch_size, tracker="none", dry_run=True, reduction=reduction)
+        settings = TrainSettings(batch_size=batch_size, tracker=("none",), dry_run=True, reduction=reduction)
         session = Session(None, None, Batching(batch_size, slots, slots))
         if way in ("ddp", "exact"):
             state = prepare_state(settings, self.runtime, session, model)
@@ -224,7 +224,7 @@ def start_worker(block_seconds: float) -> Worker:
     """Start this process's part of the group."""
     if not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else each of several would be alone (accelerate 1.15)
-    return Worker(start_runtime(TrainSettings(tracker="none", dry_run=True)), block_seconds)
+    return Worker(start_runtime(TrainSettings(tracker=("none",), dry_run=True)), block_seconds)
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def _ready(script, kind, folder, build, settings):
     from train.engine import training
 
     subjects = []
-    defaults = {"preflight": "full", "output_dir": str(folder), "tracker": "none"}
+    defaults = {"preflight": "full", "output_dir": str(folder), "tracker": ("none",)}
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(None):
         patch.setattr(training, "carry_out", lambda subject, *_: subjects.append(subject))
         if build is not None:

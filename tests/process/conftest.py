@@ -5,6 +5,8 @@ import json
 import pytest
 
 from tests.process.fleet import Fleet
+from tests.process.tracked import Tracked
+from tests.wandb_server import WandbServer
 
 
 def pytest_collection_modifyitems(items):
@@ -71,3 +73,18 @@ def reconstruct(tmp_path):
 def stateful(tmp_path):
     """A folder in which to run train/stateful_lstm.py."""
     return Runs(tmp_path, "stateful_lstm")
+
+
+@pytest.fixture
+def server():
+    """A W&B server on the loopback."""
+    server = WandbServer()
+    yield server
+    server.close()
+    assert server.unknown == []
+
+
+@pytest.fixture
+def tracked(tmp_path):
+    """A folder in which to run train/classify.py with W&B."""
+    return Tracked(tmp_path)

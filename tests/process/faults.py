@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import sys
 
 
 def die_after(rank, step, victim=0):
@@ -293,3 +294,47 @@ def sleep_in_preparation(rank, seconds):
         return inner(*arguments, **options)
 
     data_modules.load.load_data = load_data
+
+
+def kill_wandb(rank, step):
+    """SIGKILL the process that W&B talks through, right after an optimizer step."""
+    import psutil
+
+    from train.engine.loop import Loop
+
+    inner = Loop.step
+
+    def one_step(self, batch):
+        inner(self, batch)
+        if self.state.progress.step == step:
+            (core,) = [one for one in psutil.Process().children(recursive=True) if one.name() == "wandb-core"]
+            core.kill()
+            core.wait()
+
+    Loop.step = one_step
+
+
+def sit_at_terminal(rank):
+    """Let input and output be a terminal at which nobody types; what is written there goes to the output too."""
+    import threading
+
+    output = os.dup(1)
+    master, terminal = os.openpty()
+    for descriptor in range(3):
+        os.dup2(terminal, descriptor)
+    sys.stdin = os.fdopen(0)
+    assert all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))
+
+    def copy():
+        while True:
+            os.write(output, os.read(master, 4096))
+
+    threading.Thread(target=copy, daemon=True).start()
+
+
+def hide_package(rank, name):
+    """Let a package be missing, for those who ask whether it is there."""
+    import importlib.util
+
+    inner = importlib.util.find_spec
+    importlib.util.find_spec = lambda wanted, *arguments: None if wanted == name else inner(wanted, *arguments)

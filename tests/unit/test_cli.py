@@ -291,7 +291,7 @@ def test_settings_written_as_a_recipe_are_read_back_the_same(recipe):
         allow_changes=("seed", "slots"),
         deterministic=True,
         mixed_precision="no",
-        tracker="none",
+        tracker=("none",),
         checkpoint_every="500",
         learning_rate=1e-05,
         weight_decay=1e22,

@@ -523,7 +523,7 @@ class Watched(EagerEngine):
 
 
 def make_loop(course, engine=None, scores=None, progress=None, **settings):
-    settings = StatefulSettings(tracker="none", window=course.window, **settings)
+    settings = StatefulSettings(tracker=("none",), window=course.window, **settings)
     runtime = start_runtime(settings)
     state = RunState(course.model, course.optimizer, progress or Progress(slots=1))
     evaluate = None if scores is None else lambda: {"loss": next(scores)}

@@ -240,8 +240,8 @@ def start_tracking(settings: RunSettings, runtime: Runtime, session: Session) ->
     start = record_start(runtime, 0 if found is None else found.step)
     run.remember(starts=[*run.identity.get("starts", []), start])
     tracker = Tracker(run, 0 if found is None else found.record["progress"]["metrics_bytes"])
-    if settings.tracker == "wandb":
-        tracker.start_wandb(run, settings.wandb_project, dataclasses.asdict(settings))
+    tracker.start(run, settings, start)
+    runtime.accelerator.trackers = tracker.others  # for accelerator.get_tracker
     return tracker
 
 
@@ -285,6 +285,8 @@ def finish(
         draw_curves(run.metrics, curves, run.path.name)
         if progress.finished:
             run.remember(result={**progress.metrics, **results, "step": progress.step, "best_step": progress.best_step})
+            steps = {"final": progress.step, "best": progress.best_step or progress.step}
+            tracker.show({name: run.checkpoints / checkpoint.step_name(step) for name, step in steps.items()})
         print(f"run     {run.path}\ncurves  {curves}", flush=True)
     tracker.close()
     if run is not None:

@@ -6,6 +6,7 @@ trained weights; every other one must keep its value when a run is resumed.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -34,10 +35,12 @@ class RunSettings:
     """Seed of everything random."""
     deterministic: bool = False
     """Deterministic algorithms only (slower on a GPU)."""
-    tracker: Literal["wandb", "none"] = "wandb"
-    """Where metrics go beside metrics.jsonl. wandb works offline when there is no key."""
-    wandb_project: str = "exact-training"
-    """Project in W&B."""
+    tracker: tuple[Literal["wandb", "tensorboard", "none"], ...] = ("wandb",)
+    """Where metrics go beside metrics.jsonl: one or more. wandb works offline when there is no key."""
+    wandb_project: str | None = None
+    """Project in W&B. Default: the variable WANDB_PROJECT, or exact-training."""
+    wandb_artifact: bool = False
+    """Store the best and the final checkpoint in W&B when the run is finished."""
     log_every: int = 50
     """Optimizer steps between two lines of training metrics."""
     checkpoint_every: str = "1 epoch"
@@ -50,8 +53,8 @@ class RunSettings:
     """Run a few steps straight, and killed and restarted, compare all tensors, and leave with 0 if equal, else 3."""
 
     neutral: ClassVar[frozenset[str]] = frozenset({
-        "output_dir", "run_name", "config", "resume", "allow_changes", "tracker", "wandb_project", "log_every",
-        "checkpoint_every", "keep_checkpoints", "dry_run", "verify_resume",
+        "output_dir", "run_name", "config", "resume", "allow_changes", "tracker", "wandb_project", "wandb_artifact",
+        "log_every", "checkpoint_every", "keep_checkpoints", "dry_run", "verify_resume",
     })  # fmt: skip
 
     @property
@@ -79,6 +82,9 @@ class RunSettings:
         yield self.log_every >= 1, "log_every", "1 or more"
         yield self.keep_checkpoints >= 1, "keep_checkpoints", "1 or more"
         yield 0 <= self.seed < 2**32, "seed", "between 0 and 2**32 - 1"  # torch's CPU generator takes 32 bits
+        yield "none" not in self.tracker or self.tracker == ("none",), "tracker", "none alone, or other names"
+        missing = "tensorboard" in self.tracker and importlib.util.find_spec("tensorboard") is None
+        yield not missing, "tracker", "something else, or do: pip install tensorboard"
         name = self.run_name
         plain = name is None or re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", name) is not None
         yield plain, "run_name", "a plain folder name of letters, digits and _ . + = -"

@@ -1,4 +1,4 @@
-"""metrics.jsonl always, W&B beside it. Tracking never stops a run and never waits for a person."""
+"""metrics.jsonl always, W&B and TensorBoard beside it. Tracking never stops a run and never waits for a person."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from train.engine.run_directory import RunDirectory
+from accelerate.tracking import GeneralTracker, TensorBoardTracker
 
-INIT_TIMEOUT_SECONDS = 20
-FINISH_TIMEOUT_SECONDS = 25
+from train.engine.run_directory import RunDirectory
+from train.engine.settings import RunSettings
+from train.engine.wandb_tracker import WandbTracker
 
 
 class Tracker:
@@ -27,15 +29,11 @@ class Tracker:
         """
         self.error: OSError | None = None  # why a line could not be written; no other is written after it
         self.position = 0  # length in bytes of the whole lines of metrics.jsonl
+        self.others: list[GeneralTracker] = []  # beside metrics.jsonl, as far as they work
         self._file: IO[bytes] | None = None
-        self._wandb: _Wandb | None = None
         if run is None:
             return
         path = run.metrics
-        sent = max(run.identity.get("last_logged_step", -1), last_step(path))
-        if sent >= 0:
-            run.remember(last_logged_step=sent)
-        self._sent = sent
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         if self._file.tell() < keep_bytes:
             print(f"{path} is shorter than when the checkpoint was made; older lines are missing", file=sys.stderr)
@@ -43,25 +41,67 @@ class Tracker:
             self._file.truncate(keep_bytes)
         self.position = self._file.seek(0, os.SEEK_END)
 
-    def start_wandb(self, run: RunDirectory, project: str, config: dict[str, Any]) -> None:
-        """Send metrics to W&B too, into the run that this directory has had from the start."""
-        self._wandb = _Wandb(run, project, config, self._sent)
+    def start(self, run: RunDirectory, settings: RunSettings, record: dict[str, Any]) -> None:
+        """Start the trackers that the settings name beside metrics.jsonl.
+
+        Args:
+            run: the run.
+            settings: the run's.
+            record: of this start, as run.json has it.
+        """
+        lines = merge_steps(read_metrics(run.metrics))
+        if "wandb" in settings.tracker:
+            tracker = WandbTracker(run, settings, record)
+            self.others.append(tracker)
+            self._each(lambda one: one.start(), tracker)
+            for step, values in lines.items():  # what W&B lacks, because an earlier start was killed or had no network
+                self._each(lambda one: one.log(values, step), tracker)  # noqa: B023
+        if "tensorboard" in settings.tracker:
+            # Of the files of earlier starts, TensorBoard then shows only what is before this one.
+            tracker = TensorBoardTracker("tensorboard", run.path, purge_step=max(lines, default=-1) + 1)
+            self.others.append(tracker)
+            self._each(lambda one: one.start(), tracker)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Write one line; call it once for each step at most."""
         if self._file is None:
             return
         self._write(step, values)
-        if self._wandb is not None:
-            self._wandb.log(step, values)
+        self._each(lambda one: one.log(values, step))
 
     def summarize(self, step: int, values: dict[str, float]) -> None:
         """Write the results of a finished run: a last line, and W&B's summary."""
         if self._file is None:
             return
         self._write(step, values)
-        if self._wandb is not None:
-            self._wandb.summarize(values)
+        self._each(lambda one: one.summarize(values) if isinstance(one, WandbTracker) else one.log(values, step))
+
+    def show(self, checkpoints: dict[str, Path]) -> None:
+        """Send W&B the pictures of the run as they are at its end, and, where that is wanted, checkpoints by name."""
+        self._each(lambda one: one.show(checkpoints) if isinstance(one, WandbTracker) else None)
+
+    def close(self) -> None:
+        """Close all places; W&B gets a bounded time to finish."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._each(lambda one: one.finish())
+        self.others.clear()
+
+    def _each(self, act: Callable[[GeneralTracker], None], only: GeneralTracker | None = None) -> None:
+        """Let the other trackers act. One that fails in any way is switched off with one warning."""
+        for tracker in list(self.others):
+            try:
+                if only in (None, tracker):
+                    act(tracker)
+            except Exception as error:  # tracking never stops a run: metrics.jsonl has the numbers
+                self.others.remove(tracker)
+                print(
+                    f"warning: {tracker.name} failed ({' '.join(str(error).split())}); the run goes on without it, "
+                    "metrics are in metrics.jsonl",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         assert self._file is not None
@@ -73,21 +113,6 @@ class Tracker:
                 self.position += len(line) if not rest else 0
         except OSError as error:
             self.error = error
-
-    def close(self) -> None:
-        """Close all places; W&B gets a bounded time to finish."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        if self._wandb is not None:
-            self._wandb.close()
-            self._wandb = None
-
-
-def last_step(path: Path) -> int:
-    """Return the highest step in a metrics file, -1 if there is none; a torn last line does not count."""
-    steps = [line["step"] for line in read_metrics(path)]
-    return max(steps, default=-1)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -103,64 +128,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-class _Wandb:
-    """One W&B run through all restarts. Any failure switches it off with one warning.
-
-    Steps that were already sent are not sent again: online W&B drops them, offline it would shift them (0.31).
-    """
-
-    def __init__(self, run: RunDirectory, project: str, config: dict[str, Any], sent: int) -> None:
-        self._sent = sent
-        self._run: Any = None
-        try:
-            import wandb
-
-            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-            if run.identity.get("wandb_id") is None:
-                run.remember(wandb_id=run.identity["id"], wandb_project=project)
-            self._run = wandb.init(
-                project=run.identity["wandb_project"],
-                id=run.identity["wandb_id"],
-                name=run.path.name,
-                dir=str(run.path),
-                config=config,
-                mode=mode,  # type: ignore[arg-type]
-                resume="allow",
-                settings=wandb.Settings(
-                    silent=True, init_timeout=INIT_TIMEOUT_SECONDS, finish_timeout=FINISH_TIMEOUT_SECONDS
-                ),
-            )
-            if mode == "offline":
-                print(f"W&B: offline; upload later with: wandb sync {run.path}/wandb/offline-run-*")
-        except Exception as error:
-            self._give_up("cannot start", error)
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        if self._run is None or step <= self._sent:
-            return
-        try:
-            self._run.log(values, step=step)
-            self._sent = step
-        except Exception as error:
-            self._give_up("failed", error)
-
-    def summarize(self, values: dict[str, float]) -> None:
-        if self._run is None:
-            return
-        try:
-            self._run.summary.update(values)
-        except Exception as error:
-            self._give_up("failed", error)
-
-    def close(self) -> None:
-        if self._run is None:
-            return
-        try:
-            self._run.finish()
-        except Exception as error:
-            self._give_up("cannot finish", error)
-
-    def _give_up(self, what: str, error: Exception) -> None:
-        # Tracking never stops a run: whatever W&B raises, metrics.jsonl has the numbers.
-        self._run = None
-        print(f"warning: W&B {what} ({error}); the run goes on, metrics are in metrics.jsonl", file=sys.stderr)
+def merge_steps(lines: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """Return the metrics of each step, in the order of the steps."""
+    steps: dict[int, dict[str, float]] = {}
+    for line in lines:
+        values = {name: value for name, value in line.items() if name not in ("step", "time")}
+        steps.setdefault(line["step"], {}).update(values)
+    return dict(sorted(steps.items()))

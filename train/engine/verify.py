@@ -43,7 +43,7 @@ def verify_resume(settings: RunSettings, script: str) -> int:
         "max_train_steps": STEPS,
         "checkpoint_every": str(SAVE_EVERY),
         "keep_checkpoints": STEPS,
-        "tracker": "none",
+        "tracker": ("none",),
         "dry_run": False,
         "verify_resume": False,
         "log_every": 1,

@@ -1,0 +1,185 @@
+"""launch/wandb_sync.py against a server: every row arrives once, whatever was there before."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.wandb_file import HEADER, read_fragment, read_records, write_records
+from launch.wandb_sync import find_files
+from tests.process.tracked import assert_same_rows
+
+ROOT = Path(__file__).parents[2]
+
+
+def sync(tracked, environment, *folders, **constants):
+    """Run the script, with other values of some of its constants; return its exit code and output."""
+    script = f"import sys, launch.wandb_sync as script; vars(script).update({constants}); "
+    script += "sys.exit(script.main(sys.argv[1:]))"
+    command = ["-c", script] if constants else ["launch/wandb_sync.py"]
+    hidden = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    finished = subprocess.run(
+        [sys.executable, *command, *map(str, folders)],
+        cwd=ROOT,
+        env={**hidden, "PYTHONPATH": str(ROOT), "HOME": str(tracked.home), **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert "Traceback" not in finished.stdout, finished.stdout
+    return finished.returncode, finished.stdout
+
+
+@pytest.mark.slow
+def test_three_starts_and_a_torn_file(tracked, server):
+    """A file without a row, of a start that was killed at once; with it, wandb sync would upload nothing.
+
+    Whether the second start leaves its rows behind depends on when W&B's own process hears of its end.
+    """
+    offline, online = server.environment(WANDB_MODE="offline"), server.environment()
+    every_second = ["--log_every", 2]
+    tracked.run(offline, "--max_train_steps", 6, *every_second)
+    tracked.start(offline, "--max_train_steps", 14, *every_second, faults=[("die_after", 11)]).wait()
+    torn = tracked.path / "wandb" / "offline-run-20200101_000000-aaaaaaaa" / "run-aaaaaaaa.wandb"
+    torn.parent.mkdir()
+    torn.write_bytes(HEADER)
+    tracked.run(offline, "--max_train_steps", 14, *every_second)
+    fragments = map(read_fragment, find_files([tracked.path]))
+    steps = [step for fragment in fragments if fragment is not None for step in fragment.steps]
+    assert steps == [2, 4, 6, 8, 10, 12, 14]  # no step twice: `wandb sync` would do, too
+    code, output = sync(tracked, online, tracked.folder)
+    assert code == 0, output
+    assert output.count("verified") >= 2 and "failed" not in output, output
+    assert "skipped: torn, nothing whole in its 7 bytes" in output
+    assert_same_rows(server, tracked)
+    run = server.only_run()
+    assert run.steps == [2, 4, 6, 8, 10, 12, 14]
+    assert "test/loss" in run.summary and "curves" in run.summary and "start" in run.settings()
+    assert run.uploads[run.summary["curves"]["path"]][:4] == b"\x89PNG"
+    code, output = sync(tracked, online, tracked.path)
+    assert code == 0 and output.count("was there") >= 2 and "verified" not in output, output
+    assert_same_rows(server, tracked)
+
+
+@pytest.mark.slow
+def test_interrupted_upload_is_completed(tracked, server):
+    """W&B got the first rows of a fragment; uploaded again as a whole, the others would be shifted."""
+    tracked.run(server.environment(WANDB_MODE="offline"), "--max_train_steps", 6)
+    run_id = tracked.identity()["wandb_id"]
+    tracked.run(server.environment(WANDB_MODE="offline"), "--max_train_steps", 9)
+    code, output = sync(tracked, server.environment(), tracked.path)
+    assert code == 0, output
+    run = server.only_run()
+    run.rows = {place: row for place, row in run.rows.items() if row["_step"] <= 4}
+    run.summary["_step"] = 4
+    for mark in tracked.path.glob("wandb/*/*.synced"):
+        mark.unlink()
+    code, output = sync(tracked, server.environment(), tracked.path)
+    assert code == 0 and "uploaded 2 of 6 rows" in output, output
+    assert_same_rows(server, tracked)
+    assert run.name == run_id
+
+
+@pytest.mark.slow
+def test_start_without_the_service_after_one_that_lost_it(tracked, server):
+    """The files of an online start hold what W&B did not take, and the offline start goes on behind them."""
+    server.die_after, server.die_of = 0, "error"
+    shorter = ("set_attribute", "train.engine.wandb_tracker", "FINISH_TIMEOUT_SECONDS", 5)
+    tracked.run(server.environment(), "--max_train_steps", 6, faults=[shorter])
+    tracked.run(server.environment(WANDB_MODE="offline"), "--max_train_steps", 9)
+    assert server.only_run().steps == []
+    server.fault = None
+    code, output = sync(tracked, server.environment(), tracked.path)
+    assert code == 0, output
+    assert_same_rows(server, tracked)
+
+
+@pytest.mark.slow
+def test_failure_has_exit_code_1_and_is_named(tracked, server):
+    tracked.run(server.environment(WANDB_MODE="offline"), "--max_train_steps", 2)
+    server.fault = "key"
+    code, output = sync(tracked, server.environment(), tracked.path)
+    assert code == 1 and "error: W&B does not answer, or refuses the key" in output, output
+    server.close()
+    code, output = sync(tracked, server.environment(), tracked.path)
+    assert code == 1 and "error: W&B does not answer, or refuses the key" in output, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["rows", "lost"])
+def test_rows_that_are_not_taken_are_noticed(tracked, server, fault):
+    """W&B's own command tries for hours, or ends with exit code 0; a start after the one that failed waits."""
+    for steps in (2, 4):
+        tracked.run(server.environment(WANDB_MODE="offline"), "--max_train_steps", steps)
+    server.fault = fault
+    code, output = sync(tracked, server.environment(), tracked.path, UPLOAD_SECONDS=8, ARRIVAL_SECONDS=1)
+    assert code == 1 and "failed: not tried" in output, output
+    assert {"rows": "failed: took more than 8 s", "lost": "failed: step 2 did not arrive"}[fault] in output, output
+    server.fault = None
+    code, output = sync(tracked, server.environment(), tracked.path)
+    assert code == 0, output
+    assert_same_rows(server, tracked)
+
+
+@pytest.mark.slow
+def test_rows_that_no_file_has_are_named_and_sent_by_the_next_start(tracked, server):
+    """A kill of the whole machine leaves less in W&B's file than in metrics.jsonl."""
+    offline = server.environment(WANDB_MODE="offline")
+    tracked.run(offline, "--max_train_steps", 6)
+    (file,) = find_files([tracked.path])
+    records = list(read_records(file))
+    while len(read_fragment(file).steps) > 3:
+        records.pop()
+        write_records(file, records)
+    code, output = sync(tracked, server.environment(), tracked.path)
+    assert code == 1 and "4 to 6  failed: only metrics.jsonl has these" in output, output
+    tracked.run(offline, "--max_train_steps", 6)
+    code, output = sync(tracked, server.environment(), tracked.path)
+    assert code == 0, output
+    assert_same_rows(server, tracked)
+    assert "test/loss" in server.only_run().summary
+
+
+@pytest.mark.slow
+def test_run_that_goes_on_is_left_alone(tracked, server):
+    tracked.run(server.environment(WANDB_MODE="offline"), "--max_train_steps", 2)
+    with open(tracked.path / "run.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, output = sync(tracked, server.environment(), tracked.path)
+    assert code == 1 and "failed: the run goes on" in output, output
+    assert server.runs == {}
+
+
+def test_bad_usage_has_exit_code_2(tracked, server):
+    code, output = sync(tracked, server.environment(), tracked.folder / "nowhere")
+    assert code == 2 and "nowhere: there is no such folder" in output, output
+    code, output = sync(tracked, server.environment(), tracked.folder)
+    assert code == 0 and "no W&B runs below" in output, output
+    torn = tracked.path / "wandb" / "offline-run-20200101_000000-aaaaaaaa" / "run-aaaaaaaa.wandb"
+    torn.parent.mkdir(parents=True)
+    torn.write_bytes(HEADER)
+    code, output = sync(tracked, {"WANDB_BASE_URL": server.url}, tracked.folder)
+    assert code == 2 and "there is no key" in output, output
+    assert server.requests == []
+
+
+def test_records_of_all_lengths_are_read_as_written(tmp_path):
+    """Blocks end anywhere: in a record, between two, and with less room than a chunk's header takes."""
+    block = 32 * 1024
+    for length in [0, 1, 5000, *range(block - 30, block + 5), 3 * block]:
+        records = [bytes([1]) * length, b"", bytes([2]) * 70000, b"end"]
+        write_records(tmp_path / "file", records)
+        assert list(read_records(tmp_path / "file")) == records, length
+
+
+def test_torn_file_is_read_up_to_the_tear(tmp_path):
+    write_records(tmp_path / "file", [b"one", b"two" * 50000, b"three"])
+    content = (tmp_path / "file").read_bytes()
+    for length in range(0, len(content), 997):
+        (tmp_path / "torn").write_bytes(content[:length])
+        assert list(read_records(tmp_path / "torn")) == [b"one", b"two" * 50000][: (length > 16) + (length > 150100)]

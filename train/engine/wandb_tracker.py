@@ -1,0 +1,221 @@
+"""W&B as one of Accelerate's trackers: one W&B run through all starts of a run, with exact steps (wandb 0.31).
+
+Steps must not go back: online, W&B drops what it has already; offline, what is uploaded later is shifted. So a start
+sends only the lines that W&B lacks: online those after the step that the service names, offline those after the last
+one in the files of the starts before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker
+
+from train.engine.run_directory import RunDirectory
+from train.engine.settings import RunSettings
+
+INIT_TIMEOUT_SECONDS = 20
+FINISH_TIMEOUT_SECONDS = 20
+ARTIFACT_SECONDS = 10  # for one without bytes
+ARTIFACT_BYTES_PER_SECOND = 5e6
+READ_TIMEOUT_SECONDS = 60  # of a file of an earlier start; it takes 2 s, most of it to start Python
+PROJECT = "exact-training"
+BY_STEP = ("reconstructions", "samples")  # folders of pictures of a step
+
+
+class WandbTracker(GeneralTracker):
+    """Sends metrics and pictures to W&B. Its methods raise whatever W&B raises; nothing waits without end.
+
+    Args:
+        run: the run; keeps the id.
+        settings: of this start.
+        record: of this start, as run.json has it.
+    """
+
+    name = "wandb"
+    requires_logging_directory = False
+
+    def __init__(self, run: RunDirectory, settings: RunSettings, record: dict[str, Any]) -> None:
+        super().__init__()
+        self.run: Any = None
+        self._directory = run
+        self._settings = settings
+        self._record = record
+        self._sent = -1  # the last step that W&B has
+        self._show_first_batch = False
+
+    @property
+    def tracker(self) -> Any:
+        """The run of the package wandb."""
+        return self.run
+
+    def start(self) -> None:
+        """Open the W&B run: online where that is possible, else offline."""
+        import wandb
+
+        # On a full disk, the log of W&B would print a traceback for each of its lines.
+        logging.raiseExceptions = False
+        wandb.setup(wandb.Settings(silent=True))
+        mode = os.environ.get("WANDB_MODE") or "online"
+        told = "W&B: offline"
+        if mode == "online":
+            try:
+                # Not verified: where the service is down, that takes 11 s more, and `wandb.init` finds out, too.
+                if wandb.login(prompt=False, verify=False):
+                    self._open(mode)
+                else:
+                    told = "W&B: offline (there is no key)"
+            except Exception as error:  # whatever it is, what is kept offline can be uploaded later
+                told = f"warning: W&B lets us not in ({' '.join(str(error).split())}): offline"
+                wandb.teardown()  # it would take the run for open
+                wandb.setup(wandb.Settings(silent=True))
+        if self.run is None:
+            self._open("offline" if mode == "online" else mode)
+        if self.run.offline:
+            print(f"{told}; upload later with: python launch/wandb_sync.py {self._directory.path}", flush=True)
+            self._sent = self._last_step_on_disk()
+        else:
+            self._sent = self.run.starting_step - 1
+        self._show_first_batch = self._sent < 0
+
+    def _open(self, mode: str) -> None:
+        import wandb
+
+        variables, run = os.environ, self._directory
+        if run.identity.get("wandb_id") is None:
+            project = self._settings.wandb_project or variables.get("WANDB_PROJECT") or PROJECT
+            run.remember(wandb_id=run.identity["id"], wandb_project=project)
+        commit = self._record["commit"]
+        array = self._record["scheduler"].get("SLURM_ARRAY_JOB_ID")
+        self.run = wandb.init(
+            project=run.identity["wandb_project"],
+            id=run.identity["wandb_id"],
+            name=variables.get("WANDB_NAME") or run.path.name,
+            group=variables.get("WANDB_RUN_GROUP") or array,
+            job_type=variables.get("WANDB_JOB_TYPE") or Path(sys.argv[0]).stem,
+            dir=str(run.path),
+            config={**dataclasses.asdict(self._settings), "start": self._record},
+            mode=mode,  # type: ignore[arg-type]
+            resume="allow",
+            settings=wandb.Settings(
+                silent=True,
+                init_timeout=INIT_TIMEOUT_SECONDS,
+                finish_timeout=FINISH_TIMEOUT_SECONDS,
+                finish_timeout_raises=True,
+                git_commit=commit and commit.partition("+")[0],
+            ),
+        )
+
+    def _last_step_on_disk(self) -> int:
+        """Return the last step in the files of earlier starts, -1 if there is none. The newest file knows it."""
+        identity = self._directory.identity["wandb_id"]
+        files = self._directory.path.glob(f"wandb/*run-*-{identity}/run-{identity}.wandb")
+        before = [file for file in files if file.parent != Path(self.run.dir).parent]
+        for file in sorted(before, key=_started, reverse=True):
+            # Of a file that a kill tore, the whole records are printed. Rows count: the summary is written before
+            # its row, and may know of one that is lost.
+            read = subprocess.run(
+                [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                timeout=READ_TIMEOUT_SECONDS,
+            )
+            rows = [line for line in read.stdout.splitlines() if b'"type":"history"' in line]
+            if rows:
+                return int(json.loads(rows[-1])["history"]["step"]["num"])
+        return -1
+
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        """Send a line, with the pictures of its step, unless W&B has it."""
+        assert step is not None
+        if step > self._sent:
+            self.run.log(values | self._pictures_of(step), step=step)
+            self._sent = step
+
+    def _pictures_of(self, step: int) -> dict[str, Any]:
+        plots = self._directory.plots
+        paths = {folder: plots / folder / f"step_{step:08d}.png" for folder in BY_STEP}
+        if self._show_first_batch:
+            paths["first_batch"] = plots / "first_batch.png"
+            self._show_first_batch = False
+        return _load_images({name: path for name, path in paths.items() if path.exists()})
+
+    def summarize(self, values: dict[str, float]) -> None:
+        """Write the results of a finished run into the summary."""
+        self.run.summary.update(values)
+
+    def show(self, checkpoints: dict[str, Path]) -> None:
+        """Write the pictures of the run into the summary, and store checkpoints as artifacts if that is wanted."""
+        plots = {path.stem: path for path in self._directory.plots.glob("*.png") if path.stem != "first_batch"}
+        self.run.summary.update(_load_images(plots))
+        if self._settings.wandb_artifact:
+            for name, path in checkpoints.items():
+                self._store(name, path)
+
+    def _store(self, name: str, path: Path) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"{self.run.id}-{name}", type="checkpoint", metadata={"folder": path.name})
+        # Immutable: sent from where they lie; otherwise W&B would first copy them into the home directory.
+        artifact.add_dir(str(path), policy="immutable", skip_cache=True)
+
+        def upload() -> None:
+            logged = self.run.log_artifact(artifact, aliases=[name])
+            if not self.run.offline:
+                logged.wait()
+
+        _act_within(ARTIFACT_SECONDS + artifact.size / ARTIFACT_BYTES_PER_SECOND, upload)
+
+    def finish(self) -> None:
+        """Send what is left, for a bounded time.
+
+        Raises:
+            TimeoutError: the service did not take everything.
+        """
+        self.run.finish()
+
+
+def _started(file: Path) -> str:
+    """Return the time at which W&B made the folder of a file: offline-run-TIME-ID or run-TIME-ID."""
+    return file.parent.name.removeprefix("offline-")
+
+
+def _load_images(paths: dict[str, Path]) -> dict[str, Any]:
+    import wandb
+
+    return {name: wandb.Image(str(path)) for name, path in paths.items()}
+
+
+def _act_within(seconds: float, act: Callable[[], None]) -> None:
+    """Act for a bounded time; then leave the act alone.
+
+    Raises:
+        TimeoutError: it takes longer.
+        Exception: what the act raises.
+    """
+    outcome: queue.Queue[Exception | None] = queue.Queue()
+
+    def work() -> None:
+        try:
+            act()
+            outcome.put(None)
+        except Exception as error:
+            outcome.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"an artifact was not taken in {seconds:.0f} s") from None
+    if error is not None:
+        raise error
