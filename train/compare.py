@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from train.engine.errors import EXIT_DONE, EXIT_USAGE, UsageError
+from train.engine.wandb_service import limit_exit
 
 
 def compare(request: argparse.Namespace) -> int:
@@ -70,6 +71,7 @@ def run() -> None:
     except UsageError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         code = EXIT_USAGE
+    limit_exit(code)
     sys.exit(code)
 
 

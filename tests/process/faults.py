@@ -296,8 +296,8 @@ def sleep_in_preparation(rank, seconds):
     data_modules.load.load_data = load_data
 
 
-def kill_wandb(rank, step):
-    """SIGKILL the process that W&B talks through, right after an optimizer step."""
+def signal_wandb(rank, step, number):
+    """Send a signal to the process that W&B talks through, right after an optimizer step."""
     import psutil
 
     from train.engine.loop import Loop
@@ -308,8 +308,9 @@ def kill_wandb(rank, step):
         inner(self, batch)
         if self.state.progress.step == step:
             (core,) = [one for one in psutil.Process().children(recursive=True) if one.name() == "wandb-core"]
-            core.kill()
-            core.wait()
+            core.send_signal(number)
+            if number == signal.SIGKILL:
+                core.wait()
 
     Loop.step = one_step
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import time
 
@@ -9,7 +10,7 @@ import pytest
 
 from tests.process.tracked import assert_same_rows
 from tests.wandb_server import KEY
-from train.engine import wandb_tracker
+from train.engine import wandb_service, wandb_tracker
 
 
 def assert_ends_well(tracked, fleet, warnings):
@@ -24,9 +25,7 @@ def assert_ends_well(tracked, fleet, warnings):
     lines = [json.loads(line) for line in (tracked.path / "metrics.jsonl").read_text().splitlines()]
     assert "test/loss" in lines[-1]
     assert list(tracked.rows()) == list(range(1, 9))
-    # A bound in the code is what is asserted; the rest is for a machine under load.
-    assert ended - lines[-1]["time"] < wandb_tracker.FINISH_TIMEOUT_SECONDS + 35
-    assert max(wandb_tracker.FINISH_TIMEOUT_SECONDS, wandb_tracker.INIT_TIMEOUT_SECONDS) <= 25
+    assert ended - lines[-1]["time"] < 50  # the bound of 30 s is one of constants; this machine may be under load
     return finished.output
 
 
@@ -71,8 +70,7 @@ def test_artifact_that_is_not_taken(tracked, server, fault):
     names = ("FINISH_TIMEOUT_SECONDS", "ARTIFACT_SECONDS")
     faults = [("set_attribute", "train.engine.wandb_tracker", name, 3) for name in names]
     fleet = tracked.start(server.environment(), "--max_train_steps", 8, "--wandb_artifact", faults=faults)
-    assert "warning: wandb failed (an artifact was not" in assert_ends_well(tracked, fleet, warnings=1)
-    assert wandb_tracker.FINISH_TIMEOUT_SECONDS + wandb_tracker.ARTIFACT_SECONDS <= 30
+    assert "warning: wandb failed (not everything was taken" in assert_ends_well(tracked, fleet, warnings=1)
 
 
 @pytest.mark.slow
@@ -103,8 +101,19 @@ def test_failure_of_the_run_itself_is_not_held_up(tracked, server):
 
 
 def test_killed_wandb(tracked, server):
-    fleet = tracked.start(server.environment(), "--max_train_steps", 8, faults=[("kill_wandb", 3)])
+    fault = ("signal_wandb", 3, signal.SIGKILL)
+    fleet = tracked.start(server.environment(), "--max_train_steps", 8, faults=[fault])
     assert "warning: wandb failed" in assert_ends_well(tracked, fleet, warnings=1)
+
+
+def test_wandb_that_hangs(tracked, server):
+    """Its process is there and does nothing, and would not end when it is told to."""
+    faults = [("signal_wandb", 3, signal.SIGSTOP)]
+    faults += [("set_attribute", "train.engine.wandb_tracker", "FINISH_TIMEOUT_SECONDS", 3)]
+    faults += [("set_attribute", "train.engine.wandb_service", "EXIT_SECONDS", 3)]
+    fleet = tracked.start(server.environment(), "--max_train_steps", 8, faults=faults)
+    assert "warning: wandb failed" in assert_ends_well(tracked, fleet, warnings=1)
+    assert wandb_tracker.FINISH_TIMEOUT_SECONDS + 2 + wandb_service.EXIT_SECONDS < 30
 
 
 def test_home_that_cannot_be_written(tracked, server):

@@ -31,6 +31,7 @@ from train.engine.errors import (
 from train.engine.settings import RunSettings, check_settings
 from train.engine.signals import StoppedEarlyError, hear_of_launcher_death, leave_on_signals
 from train.engine.verify import verify_resume
+from train.engine.wandb_service import limit_exit
 
 OTHERS_WAIT_SECONDS = 3
 
@@ -171,7 +172,9 @@ def run_script(
             )
         else:  # a defect: not swallowed but shown whole, so that every way out passes through sys.exit below
             traceback.print_exc()
-    sys.exit(_hand_over(code))
+    code = _hand_over(code)
+    limit_exit(code)
+    sys.exit(code)
 
 
 def _hand_over(code: int) -> int:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from train.engine.run_directory import RunDirectory
 from train.engine.settings import RunSettings
 
 INIT_TIMEOUT_SECONDS = 20
-FINISH_TIMEOUT_SECONDS = 20
-ARTIFACT_SECONDS = 10  # for one without bytes
+FINISH_TIMEOUT_SECONDS = 15
+MOST_WAITING = 10_000  # lines that W&B has not taken yet
+PATIENCE_SECONDS = 10  # for it to take one, when so many wait
+ARTIFACT_SECONDS = 5  # for one without bytes
 ARTIFACT_BYTES_PER_SECOND = 5e6
 READ_TIMEOUT_SECONDS = 60  # of a file of an earlier start; it takes 2 s, most of it to start Python
 PROJECT = "exact-training"
@@ -35,6 +38,9 @@ BY_STEP = ("reconstructions", "samples")  # folders of pictures of a step
 
 class WandbTracker(GeneralTracker):
     """Sends metrics and pictures to W&B. Its methods raise whatever W&B raises; nothing waits without end.
+
+    A thread of its own talks to W&B, in the order of the calls: a process of W&B that hangs would hold up training at
+    some line, and at `finish` in spite of its time limit (0.31).
 
     Args:
         run: the run; keeps the id.
@@ -53,6 +59,10 @@ class WandbTracker(GeneralTracker):
         self._record = record
         self._sent = -1  # the last step that W&B has
         self._show_first_batch = False
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(MOST_WAITING)
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._failure: Exception | None = None
+        self._seconds: float = FINISH_TIMEOUT_SECONDS + 2  # that `finish` waits
 
     @property
     def tracker(self) -> Any:
@@ -87,6 +97,7 @@ class WandbTracker(GeneralTracker):
         else:
             self._sent = self.run.starting_step - 1
         self._show_first_batch = self._sent < 0
+        self._thread.start()
 
     def _open(self, mode: str) -> None:
         import wandb
@@ -139,7 +150,8 @@ class WandbTracker(GeneralTracker):
         """Send a line, with the pictures of its step, unless W&B has it."""
         assert step is not None
         if step > self._sent:
-            self.run.log(values | self._pictures_of(step), step=step)
+            line = dict(values)
+            self._let(lambda: self.run.log(line | self._pictures_of(step), step=step))
             self._sent = step
 
     def _pictures_of(self, step: int) -> dict[str, Any]:
@@ -152,15 +164,17 @@ class WandbTracker(GeneralTracker):
 
     def summarize(self, values: dict[str, float]) -> None:
         """Write the results of a finished run into the summary."""
-        self.run.summary.update(values)
+        self._let(lambda: self.run.summary.update(values))
 
     def show(self, checkpoints: dict[str, Path]) -> None:
         """Write the pictures of the run into the summary, and store checkpoints as artifacts if that is wanted."""
         plots = {path.stem: path for path in self._directory.plots.glob("*.png") if path.stem != "first_batch"}
-        self.run.summary.update(_load_images(plots))
+        self._let(lambda: self.run.summary.update(_load_images(plots)))
         if self._settings.wandb_artifact:
             for name, path in checkpoints.items():
-                self._store(name, path)
+                size = sum(file.stat().st_size for file in path.iterdir())
+                self._seconds += ARTIFACT_SECONDS + size / ARTIFACT_BYTES_PER_SECOND
+                self._let(partial(self._store, name, path))
 
     def _store(self, name: str, path: Path) -> None:
         import wandb
@@ -168,13 +182,9 @@ class WandbTracker(GeneralTracker):
         artifact = wandb.Artifact(f"{self.run.id}-{name}", type="checkpoint", metadata={"folder": path.name})
         # Immutable: sent from where they lie; otherwise W&B would first copy them into the home directory.
         artifact.add_dir(str(path), policy="immutable", skip_cache=True)
-
-        def upload() -> None:
-            logged = self.run.log_artifact(artifact, aliases=[name])
-            if not self.run.offline:
-                logged.wait()
-
-        _act_within(ARTIFACT_SECONDS + artifact.size / ARTIFACT_BYTES_PER_SECOND, upload)
+        logged = self.run.log_artifact(artifact, aliases=[name])
+        if not self.run.offline:
+            logged.wait()
 
     def finish(self) -> None:
         """Send what is left, for a bounded time.
@@ -182,7 +192,29 @@ class WandbTracker(GeneralTracker):
         Raises:
             TimeoutError: the service did not take everything.
         """
-        self.run.finish()
+        self._let(lambda: self.run.finish())
+        self._let(None)
+        self._thread.join(self._seconds)
+        if self._thread.is_alive():
+            raise TimeoutError(f"not everything was taken in {self._seconds:.0f} s")
+        if self._failure is not None:
+            raise self._failure
+
+    def _let(self, act: Callable[[], None] | None) -> None:
+        """Let the thread act, after all that it was told before; None ends it."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            self._jobs.put(act, timeout=PATIENCE_SECONDS)
+        except queue.Full:
+            raise TimeoutError(f"it takes nothing, and {MOST_WAITING:,} lines wait") from None
+
+    def _work(self) -> None:
+        try:
+            while (act := self._jobs.get()) is not None:
+                act()
+        except Exception as error:  # of any kind; the next call raises it
+            self._failure = error
 
 
 def _started(file: Path) -> str:
@@ -194,28 +226,3 @@ def _load_images(paths: dict[str, Path]) -> dict[str, Any]:
     import wandb
 
     return {name: wandb.Image(str(path)) for name, path in paths.items()}
-
-
-def _act_within(seconds: float, act: Callable[[], None]) -> None:
-    """Act for a bounded time; then leave the act alone.
-
-    Raises:
-        TimeoutError: it takes longer.
-        Exception: what the act raises.
-    """
-    outcome: queue.Queue[Exception | None] = queue.Queue()
-
-    def work() -> None:
-        try:
-            act()
-            outcome.put(None)
-        except Exception as error:
-            outcome.put(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        error = outcome.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"an artifact was not taken in {seconds:.0f} s") from None
-    if error is not None:
-        raise error
