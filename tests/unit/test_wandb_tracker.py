@@ -4,6 +4,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import wandb  # noqa: F401  # imported here, not by the thread against the clock
 
 from train.engine import wandb_tracker
 from train.engine.settings import RunSettings
