@@ -9,7 +9,6 @@ import matplotlib.figure
 import PIL.ImageDraw
 import pyarrow.csv
 import pyarrow.parquet
-import sklearn.datasets
 import tokenizers
 import torch
 import torch._dynamo
