@@ -22,8 +22,9 @@ train: install
 	@echo "  python train/classify.py --config train/recipes/mnist.yaml                  99.2 % on MNIST in 360 steps"
 	@echo "  Stop any of them with Ctrl-C, or kill -9: the same command goes on where it was."
 
+# Three on two cores: the tests of clusters mostly wait.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

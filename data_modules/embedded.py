@@ -31,7 +31,7 @@ def load_digits(*, labelled: bool = True) -> DataModule:
     Source: UCI "Optical Recognition of Handwritten Digits" as shipped by scikit-learn.
     """
     # The file that scikit-learn's loader reads; to import the loader takes longer than to train for some epochs.
-    (package,) = importlib.util.find_spec("sklearn").submodule_search_locations  # type: ignore[union-attr]
+    (package,) = importlib.util.find_spec("sklearn").submodule_search_locations  # type: ignore[union-attr,misc]
     table = np.loadtxt(Path(package, "datasets", "data", "digits.csv.gz"), delimiter=",", dtype=np.uint8)
     images_BCHW = torch.from_numpy(table[:, :64].reshape(-1, 1, 8, 8).copy())
     labels = torch.from_numpy(table[:, 64].astype(np.int64))

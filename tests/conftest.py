@@ -24,6 +24,17 @@ def pytest_unconfigure(config):
     shutil.rmtree(config.hf_home, ignore_errors=True)
 
 
+@pytest.hookimpl(trylast=True)  # after the folders have marked their tests
+def pytest_collection_modifyitems(items):
+    """Order tests so that no worker is left with long ones at the end; those of clusters mostly wait."""
+    markers = ("cluster", "slow", "process")
+
+    def place(item):
+        return next((place for place, name in enumerate(markers) if item.get_closest_marker(name)), len(markers))
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     import torch
