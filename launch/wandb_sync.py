@@ -104,6 +104,8 @@ def _run_sync(folder: Path) -> str:
 def find_files(folders: Sequence[Path]) -> list[Path]:
     """Return the files of W&B below folders, those of a run in the order of its starts."""
     found = {path.resolve() for folder in folders for path in folder.rglob("run-*.wandb")}
+    # latest-run is a link that some ways of copying turn into a folder.
+    found = {path for path in found if path.parent.name != "latest-run"}
     return sorted(found, key=lambda path: (path.parents[1], path.parent.name.removeprefix("offline-")))
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,25 @@ import pytest
 
 from launch.wandb_file import HEADER, read_fragment, read_records, write_records
 from launch.wandb_sync import find_files
-from tests.process.tracked import assert_same_rows
+from tests.process.tracked import Tracked, assert_same_rows
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def two_starts(tmp_path_factory):
+    """The folder of a finished run of two starts without the service, with the steps 1 to 6 and 7 to 9."""
+    tracked = Tracked(tmp_path_factory.mktemp("two_starts"))
+    for steps in (6, 9):
+        tracked.run({"WANDB_MODE": "offline"}, "--max_train_steps", steps)
+    return tracked.path
+
+
+@pytest.fixture
+def offline(tracked, two_starts):
+    """A copy of that run."""
+    shutil.copytree(two_starts, tracked.path, symlinks=True)
+    return tracked
 
 
 def sync(tracked, environment, *folders, **constants):
@@ -67,22 +84,18 @@ def test_three_starts_and_a_torn_file(tracked, server):
 
 
 @pytest.mark.slow
-def test_interrupted_upload_is_completed(tracked, server):
+def test_interrupted_upload_is_completed(offline, server):
     """W&B got the first rows of a fragment; uploaded again as a whole, the others would be shifted."""
-    tracked.run(server.environment(WANDB_MODE="offline"), "--max_train_steps", 6)
-    run_id = tracked.identity()["wandb_id"]
-    tracked.run(server.environment(WANDB_MODE="offline"), "--max_train_steps", 9)
-    code, output = sync(tracked, server.environment(), tracked.path)
+    code, output = sync(offline, server.environment(), offline.path)
     assert code == 0, output
     run = server.only_run()
     run.rows = {place: row for place, row in run.rows.items() if row["_step"] <= 4}
     run.summary["_step"] = 4
-    for mark in tracked.path.glob("wandb/*/*.synced"):
+    for mark in offline.path.glob("wandb/*/*.synced"):
         mark.unlink()
-    code, output = sync(tracked, server.environment(), tracked.path)
+    code, output = sync(offline, server.environment(), offline.path)
     assert code == 0 and "uploaded 2 of 6 rows" in output, output
-    assert_same_rows(server, tracked)
-    assert run.name == run_id
+    assert_same_rows(server, offline)
 
 
 @pytest.mark.slow
@@ -100,59 +113,42 @@ def test_start_without_the_service_after_one_that_lost_it(tracked, server):
 
 
 @pytest.mark.slow
-def test_failure_has_exit_code_1_and_is_named(tracked, server):
-    tracked.run(server.environment(WANDB_MODE="offline"), "--max_train_steps", 2)
+def test_failure_has_exit_code_1_and_is_named(offline, server):
+    with open(offline.path / "run.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, output = sync(offline, server.environment(), offline.path)
+    assert code == 1 and "failed: the run goes on" in output, output
+    assert server.runs == {}
     server.fault = "key"
-    code, output = sync(tracked, server.environment(), tracked.path)
-    assert code == 1 and "error: W&B does not answer, or refuses the key" in output, output
-    server.close()
-    code, output = sync(tracked, server.environment(), tracked.path)
+    code, output = sync(offline, server.environment(), offline.path)
     assert code == 1 and "error: W&B does not answer, or refuses the key" in output, output
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["rows", "lost"])
-def test_rows_that_are_not_taken_are_noticed(tracked, server, fault):
+def test_rows_that_are_not_taken_are_noticed(offline, server, fault):
     """W&B's own command tries for hours, or ends with exit code 0; a start after the one that failed waits."""
-    for steps in (2, 4):
-        tracked.run(server.environment(WANDB_MODE="offline"), "--max_train_steps", steps)
     server.fault = fault
-    code, output = sync(tracked, server.environment(), tracked.path, UPLOAD_SECONDS=8, ARRIVAL_SECONDS=1)
+    code, output = sync(offline, server.environment(), offline.path, UPLOAD_SECONDS=8, ARRIVAL_SECONDS=1)
     assert code == 1 and "failed: not tried" in output, output
-    assert {"rows": "failed: took more than 8 s", "lost": "failed: step 2 did not arrive"}[fault] in output, output
-    server.fault = None
-    code, output = sync(tracked, server.environment(), tracked.path)
-    assert code == 0, output
-    assert_same_rows(server, tracked)
+    assert {"rows": "failed: took more than 8 s", "lost": "failed: step 6 did not arrive"}[fault] in output, output
 
 
 @pytest.mark.slow
-def test_rows_that_no_file_has_are_named_and_sent_by_the_next_start(tracked, server):
+def test_rows_that_no_file_has_are_named_and_sent_by_the_next_start(offline, server):
     """A kill of the whole machine leaves less in W&B's file than in metrics.jsonl."""
-    offline = server.environment(WANDB_MODE="offline")
-    tracked.run(offline, "--max_train_steps", 6)
-    (file,) = find_files([tracked.path])
+    *_, file = find_files([offline.path])
     records = list(read_records(file))
-    while len(read_fragment(file).steps) > 3:
+    while len(read_fragment(file).steps) > 1:
         records.pop()
         write_records(file, records)
-    code, output = sync(tracked, server.environment(), tracked.path)
-    assert code == 1 and "4 to 6  failed: only metrics.jsonl has these" in output, output
-    tracked.run(offline, "--max_train_steps", 6)
-    code, output = sync(tracked, server.environment(), tracked.path)
+    code, output = sync(offline, server.environment(), offline.path)
+    assert code == 1 and "8 to 9  failed: only metrics.jsonl has these" in output, output
+    offline.run({"WANDB_MODE": "offline"}, "--max_train_steps", 9)
+    code, output = sync(offline, server.environment(), offline.path)
     assert code == 0, output
-    assert_same_rows(server, tracked)
+    assert_same_rows(server, offline)
     assert "test/loss" in server.only_run().summary
-
-
-@pytest.mark.slow
-def test_run_that_goes_on_is_left_alone(tracked, server):
-    tracked.run(server.environment(WANDB_MODE="offline"), "--max_train_steps", 2)
-    with open(tracked.path / "run.lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        code, output = sync(tracked, server.environment(), tracked.path)
-    assert code == 1 and "failed: the run goes on" in output, output
-    assert server.runs == {}
 
 
 def test_bad_usage_has_exit_code_2(tracked, server):
@@ -183,3 +179,20 @@ def test_torn_file_is_read_up_to_the_tear(tmp_path):
     for length in range(0, len(content), 997):
         (tmp_path / "torn").write_bytes(content[:length])
         assert list(read_records(tmp_path / "torn")) == [b"one", b"two" * 50000][: (length > 16) + (length > 150100)]
+
+
+def test_files_are_found_below_a_run_a_folder_of_runs_and_their_own_folder_in_the_order_of_the_starts(tmp_path):
+    """A copy that followed links has latest-run as a folder: not a start of its own."""
+    wandb = tmp_path / "run" / "wandb"
+    starts = [
+        "run-20260102_000000-id",
+        "offline-run-20260103_000000-id",
+        "latest-run",
+        "offline-run-20260101_000000-id",
+    ]
+    for name in starts:
+        (wandb / name).mkdir(parents=True)
+        (wandb / name / "run-id.wandb").write_bytes(HEADER)
+    expected = [wandb / starts[place] / "run-id.wandb" for place in (3, 0, 1)]
+    assert find_files([tmp_path]) == find_files([tmp_path / "run", wandb]) == expected
+    assert find_files([wandb / starts[0]]) == expected[1:2]
