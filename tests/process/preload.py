@@ -10,6 +10,7 @@ import PIL.ImageDraw
 import pyarrow.csv
 import pyarrow.parquet
 import sklearn.datasets
+import sklearn.metrics
 import tokenizers
 import torch
 import torch._dynamo
@@ -28,6 +29,10 @@ import models.mlp
 import train.classify
 import train.engine.gallery
 import train.engine.loop
+import train.evaluate
+import train.evaluation.new_samples
+import train.evaluation.results
+import train.predict
 import train.reconstruct
 import train.stateful.choice
 import train.stateful.loop
