@@ -139,6 +139,7 @@ def write_images(
     try:
         storage.commit_directory(output, fill)
     except OSError as error:
+        storage.remove_tree(output.with_name(f".tmp-{output.name}"))
         raise UsageError(f"--output {output}: cannot be written ({error.strerror})") from error
     print(f"wrote {output}")
 

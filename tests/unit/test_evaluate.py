@@ -259,7 +259,7 @@ def test_classes_in_another_order_or_fewer_are_matched_by_name(pictures, results
         for name in names:
             shutil.copytree(data / "test" / name, other / name)
         found, written = results(run, "--dataset", other, "--predictions", tmp_path / "other.csv")
-        assert written.name.startswith("x-train-step_")
+        assert written.name.startswith("x-all-step_")
         rows = read_csv(tmp_path / "other.csv")
         assert {row["label"] for row in rows} == set(names)
         if len(names) == 3:
@@ -350,6 +350,11 @@ def damage_checkpoints(run):
         path.write_bytes(content)
 
 
+def block_results(run):
+    shutil.rmtree(run / "evaluation", ignore_errors=True)
+    (run / "evaluation").write_text("a file")
+
+
 @pytest.mark.parametrize(
     ("damage", "arguments", "said"),
     [
@@ -365,6 +370,7 @@ def damage_checkpoints(run):
         (lambda run: None, ["--predictions", "a.txt"], "must end in .csv or .parquet"),
         (lambda run: None, ["--predictions", "nowhere/a.csv"], "make the folder"),
         (lambda run: None, ["--dataset", "nowhere.csv"], "no such file or folder"),
+        (block_results, [], "cannot be written (File exists)"),
     ],
 )
 def test_bad_usage_is_one_message_and_nothing_is_written(broken, command, damage, arguments, said):
@@ -379,6 +385,15 @@ def test_preprocessing_of_another_run_is_refused(broken, pictures, command):
     shutil.copy(pictures[0] / "preprocessing.json", broken)
     code, _, errors = command(evaluate, broken)
     assert code == 2 and "another normalization" in errors[0]
+
+
+def test_a_run_on_points_that_are_made_says_that_no_file_has_such_samples(folder, results, command):
+    run = train(classify, classify.ClassifySettings, folder, "blobs", dataset="blobs", num_train_epochs=1)
+    assert results(run)[0]["samples"] == 400
+    (folder / "a.jsonl").write_text('{"inputs": [1.0, 2.0], "label": "left"}\n')
+    for script, arguments in ((evaluate, ["--dataset"]), (predict, [])):
+        code, _, errors = command(script, run, *arguments, folder / "a.jsonl")
+        assert code == 2 and "was trained on blobs, whose samples are in no file" in errors[0]
 
 
 def test_a_model_that_answers_nan_is_named(people, command, monkeypatch):

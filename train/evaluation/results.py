@@ -159,6 +159,7 @@ def write_evaluation(run: TrainedRun, dataset: str, split: str, num_samples: int
         folder.parent.mkdir(exist_ok=True)
         storage.commit_directory(folder, fill)
     except OSError as error:
+        storage.remove_tree(folder.with_name(f".tmp-{name}"))
         raise UsageError(f"{folder}: cannot be written ({error.strerror})") from error
     print(text)
     return folder

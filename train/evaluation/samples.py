@@ -69,7 +69,7 @@ def load_part(run: TrainedRun, dataset: str | None, split: str | None, label_col
     else:
         labels = torch.zeros(len(rows), dtype=torch.int64)
     part = Split(encode_rows(run, rows), labels)
-    return Part(dataset, name, part, build_data(run, part))
+    return Part(dataset, name if len(opened) > 1 else "all", part, build_data(run, part))
 
 
 def _load_own(run: TrainedRun, wanted: str | None) -> Part:
@@ -105,16 +105,20 @@ def choose_split(source: str, splits: Mapping[str, object], wanted: str | None) 
 
 
 def columns_of(run: TrainedRun) -> list[str]:
-    """Return the columns that the run takes from a file."""
-    fitted = run.preprocessing["fitted"] or {"column": "image"}
+    """Return the columns that the run takes from a file.
+
+    Raises:
+        DataError: it takes none.
+    """
+    fitted = restore_reader(run)[0].describe()
     return [fitted["column"]] if "column" in fitted else [column["name"] for column in fitted["columns"]]
 
 
 def open_rows(run: TrainedRun, options: DataOptions) -> dict[str, Rows]:
     """Open the splits of files whose columns the run takes; text stays text where all of it looks like numbers."""
-    fitted = run.preprocessing["fitted"] or {}
-    as_text = [column["name"] for column in fitted.get("columns", []) if "values" in column]
-    as_text += columns_of(run) if run.inputs.task == "text" else []
+    as_text = columns_of(run) if run.inputs.task == "text" else []
+    if run.inputs.task == "table":
+        as_text = [column["name"] for column in run.preprocessing["fitted"]["columns"] if "values" in column]
     return open_source(dataclasses.replace(options, categorical_columns=tuple(as_text)))
 
 
