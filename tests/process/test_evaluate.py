@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 
@@ -73,6 +74,16 @@ def test_one_and_two_processes_count_every_sample_once_and_say_what_training_sai
         assert report["metrics"]["loss"]["value"] == pytest.approx(own["test/loss"], abs=1e-6)
     assert_close(*reports)
     assert [row["prediction"] for row in tables[0]] == [row["prediction"] for row in tables[1]]
+
+
+def test_a_single_sample_counts_once_on_two_processes(trained, tmp_path):
+    path, data = trained
+    (tmp_path / "other" / "dog").mkdir(parents=True)
+    shutil.copy(data / "test" / "dog" / "003.png", tmp_path / "other" / "dog")
+    finished = run(tmp_path, "evaluate", path, "--dataset", tmp_path / "other", processes=2)
+    assert finished.code == 0, finished.output
+    report = read_report(finished)
+    assert report["samples"] == sum(map(sum, report["confusion_matrix"])) == 1
 
 
 def test_exported_images_get_the_same_classes(trained, tmp_path):

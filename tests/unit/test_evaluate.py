@@ -217,11 +217,13 @@ def test_the_average_of_the_weights_gives_what_training_said_of_it(pictures, res
 
 def test_a_step_and_another_split_can_be_chosen(pictures, results, tmp_path):
     run, _ = pictures
-    latest = sorted((run / "checkpoints").glob("step_*"))[-1]
-    report, written = results(run, "--checkpoint", int(latest.name[5:]), "--split", "validation")
-    assert written.name == f"validation-{latest.name}"
+    first, *_, latest = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+    report, written = results(run, "--checkpoint", int(latest[5:]), "--split", "validation")
+    assert written.name == f"validation-{latest}"
     again, _ = results(run, "--checkpoint", "latest", "--split", "validation", "--predictions", tmp_path / "a.parquet")
     assert again == report
+    earlier, written = results(run, "--checkpoint", int(first[5:]), "--split", "validation")
+    assert written.name == f"validation-{first}" and earlier["metrics"]["loss"] != report["metrics"]["loss"]
     table = pq.read_table(tmp_path / "a.parquet").to_pydict()
     # The rows of the training split that were cut for validation, sorted by class as the folders are.
     assert table["index"] == sorted(table["index"]) and table["index"][-1] > 60
@@ -253,7 +255,7 @@ def test_classes_in_another_order_or_fewer_are_matched_by_name(pictures, results
     run, data = pictures
     report, _ = results(run, "--predictions", tmp_path / "own.csv")
     own = {(row["label"], row["index"]): row for row in read_csv(tmp_path / "own.csv")}
-    for names in (("emu", "dog"), ("dog", "cat", "emu")):
+    for names in (("emu", "dog"), ("dog",), ("dog", "cat", "emu")):
         other = tmp_path / "-".join(names) / "x"
         other.mkdir(parents=True)
         for name in names:
@@ -532,15 +534,17 @@ def test_scans_of_digits_are_scaled_to_the_levels_of_training(folder, command, t
 # ---- autoencoders and sequences --------------------------------------------------------------------------------------
 
 
-def test_reconstructions_are_judged_as_in_training(folder, results, command, tmp_path):
-    data = folder / "waves"
+@pytest.mark.parametrize("part", [{"kl_weight": 1e-3}, {"ssim_weight": 0.0}])
+def test_reconstructions_are_judged_as_in_training(results, command, tmp_path, part):
+    data = tmp_path / "waves"
     write_images(data / "train", 16, side=16)
     write_images(data / "test", 3, seed=1, side=16)
-    settings = {"dataset": str(data), "num_train_epochs": 2, "bottleneck": 8, "width": 8, "kl_weight": 1e-3}
-    run = train(reconstruct, reconstruct.ReconstructSettings, folder, "waves-run", **settings)
+    settings = {"dataset": str(data), "num_train_epochs": 2, "bottleneck": 8, "width": 8, **part}
+    run = train(reconstruct, reconstruct.ReconstructSettings, tmp_path, "waves-run", **settings)
     report, written = results(run, "--predictions", tmp_path / "a.csv")
     own = own_test(run)
-    for name in ("loss", "mse", "psnr", "ssim", "kl"):
+    assert set(report["metrics"]) == {"loss", "mse", "psnr", "ssim", *(["kl"] if "kl_weight" in part else [])}
+    for name in report["metrics"]:
         assert report["metrics"][name]["value"] == pytest.approx(own[f"test/{name}"], rel=1e-5), name
         low, high = report["metrics"][name]["interval"]
         assert low < own[f"test/{name}"] < high

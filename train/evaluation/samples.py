@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from data_modules.columns import find_columns
+from data_modules.decoding import EncodedColumn
 from data_modules.errors import DataError
 from data_modules.images import ImagePreprocessing
 from data_modules.labels import match_labels
@@ -57,6 +58,8 @@ def load_part(run: TrainedRun, dataset: str | None, split: str | None, label_col
     rows = dataclasses.replace(opened[name], name=dataset)
     if run.kind == "classify":
         fitted = columns_of(run)
+        if rows.data.column_names == ["image"] and Path(dataset).is_dir():
+            rows = _label_by_folder(rows)
         wanted = dataclasses.replace(
             options,
             task=run.inputs.task,
@@ -70,6 +73,13 @@ def load_part(run: TrainedRun, dataset: str | None, split: str | None, label_col
         labels = torch.zeros(len(rows), dtype=torch.int64)
     part = Split(encode_rows(run, rows), labels)
     return Part(dataset, name if len(opened) > 1 else "all", part, build_data(run, part))
+
+
+def _label_by_folder(rows: Rows) -> Rows:
+    """Return images with their folders' names as labels, which `datasets` (5.0) leaves out where all have the same."""
+    column = EncodedColumn(rows, "image")
+    names = [Path(column.path(row) or "").parent.name for row in range(len(rows))]
+    return dataclasses.replace(rows, data=rows.data.add_column("label", names))
 
 
 def _load_own(run: TrainedRun, wanted: str | None) -> Part:
