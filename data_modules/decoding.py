@@ -75,7 +75,7 @@ class Decoder:
         if (image.height, image.width) != (self.height, self.width):
             raise DataError(
                 f"is {image.height} x {image.width} pixels (height x width), the first image {self.height} x "
-                f"{self.width}; give --image_size N to scale all to N x N"
+                f"{self.width}; train with --image_size N to scale all to N x N"
             )
         pixels = np.asarray(image)
         return pixels[None] if self.mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -93,6 +93,40 @@ def number_labels(rows: Rows, column: str | None, class_names: list[str]) -> tor
     return torch.tensor(numbers)
 
 
+def match_labels(source: str, rows: Rows, column: str, class_names: list[str]) -> torch.Tensor:
+    """Return the numbers that a run gave to classes, int64 [N], for other data, by the names of the classes.
+
+    Rows without a label are rejected and hold 0.
+
+    Raises:
+        DataError: the data hold a class that the run does not know.
+    """
+    feature = rows.data.features[column]
+    values = [_plain(value) for value in rows.column(column).to_pylist()]
+    if type(feature).__name__ == "ClassLabel":  # with numbers of its own
+        values = [feature.names[value] if value is not None and value >= 0 else None for value in values]
+    named = {name: number for number, name in enumerate(class_names)}
+    unknown = [row for row, value in enumerate(values) if value is not None and str(value) not in named]
+    if unknown:
+        name = values[unknown[0]]
+        known = ", ".join(map(repr, class_names[:20])) + (", ..." if len(class_names) > 20 else "")
+        raise DataError(
+            f"{source}: class {name!r} in column {column!r} is none of the classes that the run was trained on: "
+            f"{known}. Rename or remove it; the first of {len(unknown):,} such samples is {rows.where(unknown[0])}"
+        )
+    for row, value in enumerate(values):
+        if value is None:
+            rows.reject(row, f"the label in column {column!r} {MISSING}")
+    return torch.tensor([0 if value is None else named[str(value)] for value in values], dtype=torch.int64)
+
+
+def _plain(value: Any) -> Any:
+    """Return a label without spaces around it, a whole number as such, None where it is missing."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None if value != value else value
+    return _trimmed(value)
+
+
 def _number(value: Any, named: dict[str, int], num_classes: int, numbered: bool) -> int | None:
     if numbered:
         return value if isinstance(value, int) and 0 <= value < num_classes else None

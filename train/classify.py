@@ -58,18 +58,12 @@ def build_model(name: str, inputs: InputSpec, num_classes: int) -> nn.Module:
     Raises:
         UsageError: the model cannot take such samples.
     """
-    from models.cnn import FastCNN, MnistCNN, SimpleCNN
-    from models.lstm import SimpleLSTM
-    from models.mlp import MLP
+    from models.classifiers import build_classifier
 
     try:
         if (name == "simple_lstm") != (inputs.task == "text"):
             raise ValueError(f"{name} does not take {inputs.task} samples; try {DEFAULT_MODELS[inputs.task]}")
-        if name == "simple_lstm":
-            return SimpleLSTM(inputs.vocabulary_size, num_classes)
-        if name == "mlp":
-            return MLP(inputs.shape, num_classes, category_sizes=inputs.category_sizes)
-        return {"mnist_cnn": MnistCNN, "simple_cnn": SimpleCNN, "fast_cnn": FastCNN}[name](inputs.shape, num_classes)
+        return build_classifier(name, num_classes, inputs.shape, inputs.vocabulary_size, inputs.category_sizes)
     except ValueError as error:
         raise UsageError(f"--model: {error}") from error
 

@@ -9,6 +9,7 @@ import matplotlib.figure
 import PIL.ImageDraw
 import pyarrow.csv
 import pyarrow.parquet
+import sklearn.metrics
 import tokenizers
 import torch
 import torch._dynamo
@@ -27,6 +28,10 @@ import models.mlp
 import train.classify
 import train.engine.gallery
 import train.engine.loop
+import train.evaluate
+import train.evaluation.new_samples
+import train.evaluation.results
+import train.predict
 import train.reconstruct
 import train.stateful.choice
 import train.stateful.loop

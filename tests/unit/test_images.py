@@ -479,8 +479,8 @@ def test_bad_images_that_leave_nothing_to_validate_on_or_one_class(tmp_path):
 def test_images_of_different_sizes_name_the_row_and_the_way_out(tmp_path, way, skip):
     path = write(tmp_path / "a.parquet", [*COLOUR[:7], encode(pixels(0, 3, height=5, width=5)), *COLOUR[8:]])
     assert refusal(path, on_bad_sample=skip) == (
-        f"{path}, row 7: the image is 5 x 5 pixels (height x width), the first image 4 x 6; give --image_size N to "
-        "scale all to N x N"
+        f"{path}, row 7: the image is 5 x 5 pixels (height x width), the first image 4 x 6; train with "
+        "--image_size N to scale all to N x N"
     )
     assert load(path, image_size=4).inputs.shape == (3, 4, 4)
 

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("engine", "stateful", "comparison", "script", "models", "data_modules", "launch")
+PARTS = ("engine", "stateful", "comparison", "evaluation", "script", "models", "data_modules", "launch")
+PARTS_OF_TRAIN = ("engine", "stateful", "comparison", "evaluation")
 ALLOWED = {
-    "script": {"engine", "stateful", "comparison", "models", "data_modules"},
+    "script": {"engine", "stateful", "comparison", "evaluation", "models", "data_modules"},
     "stateful": {"stateful", "engine", "models"},
     "comparison": {"comparison", "engine"},
+    "evaluation": {"evaluation", "stateful", "engine", "models", "data_modules"},
     "engine": {"engine"},
     "models": {"models"},
     "data_modules": {"data_modules"},
@@ -22,7 +24,7 @@ def part_of(module):
     """Return which part of the house a dotted module name belongs to, None for libraries."""
     top, *rest = module.split(".")
     if top == "train":
-        return rest[0] if rest[:1] in (["engine"], ["stateful"], ["comparison"]) else "script"
+        return rest[0] if rest and rest[0] in PARTS_OF_TRAIN else "script"
     return top if top in ALLOWED else None
 
 
@@ -77,6 +79,7 @@ FILES = {
     "engine": "train/engine/loop.py",
     "stateful": "train/stateful/loop.py",
     "comparison": "train/comparison/report.py",
+    "evaluation": "train/evaluation/results.py",
     "script": "train/classify.py",
     "models": "models/cnn.py",
     "data_modules": "data_modules/images.py",
@@ -86,6 +89,7 @@ TARGETS = {
     "engine": "train.engine.cli",
     "stateful": "train.stateful.eager",
     "comparison": "train.comparison.run",
+    "evaluation": "train.evaluation.trained_run",
     "script": "train.reconstruct",
     "models": "models.mlp",
     "data_modules": "data_modules.sampler",

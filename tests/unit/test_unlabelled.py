@@ -290,7 +290,7 @@ def test_interpolation_leaves_the_unit_interval_by_rounding_only(tmp_path):
 def test_sizes_are_treated_as_in_classification(tmp_path):
     names = [f"x/{name}" for name in NAMES]
     folder = place_images(tmp_path / "a", names, [*COLOUR[:7], encode(pixels(0, 3, height=5, width=5)), *COLOUR[8:]])
-    said = "the first image 4 x 6; give --image_size N to scale all to N x N"
+    said = "the first image 4 x 6; train with --image_size N to scale all to N x N"
     assert refused(folder).endswith(f"07.png is 5 x 5 pixels (height x width), {said}")
     data = load(folder, image_size=4)
     assert data.inputs.shape == (3, 4, 4)

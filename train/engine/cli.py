@@ -128,7 +128,17 @@ def settings_to_yaml(settings: RunSettings) -> str:
 def run_script(
     main: Callable[[Settings], int], kind: type[Settings], description: str, bad_input: type[Exception] = UsageError
 ) -> None:
-    """Parse the command line, run `main`, and leave with its exit code.
+    """Parse the command line, run `main`, and leave with its exit code, as `leave_with` says."""
+
+    def work() -> int:
+        settings = parse_settings(kind, sys.argv[1:], description)
+        return verify_resume(settings, sys.argv[0]) if settings.verify_resume else main(settings)
+
+    leave_with(work, bad_input)
+
+
+def leave_with(work: Callable[[], int], bad_input: type[Exception] = UsageError) -> None:
+    """Run `work`, and leave with its exit code.
 
     A UsageError, or the script's own `bad_input`, becomes one message and exit code 2; a TrainingError one message and
     exit code 1.
@@ -136,8 +146,7 @@ def run_script(
     leave_on_signals()
     hear_of_launcher_death()
     try:
-        settings = parse_settings(kind, sys.argv[1:], description)
-        code = verify_resume(settings, sys.argv[0]) if settings.verify_resume else main(settings)
+        code = work()
     except UsageError as error:
         code = EXIT_USAGE
         _print_error("\n".join(f"error: {problem}" for problem in error.problems))

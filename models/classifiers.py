@@ -1,0 +1,35 @@
+"""Classifiers by the name that settings give them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from models.cnn import FastCNN, MnistCNN, SimpleCNN
+from models.lstm import SimpleLSTM
+from models.mlp import MLP
+
+
+def build_classifier(
+    name: str,
+    num_classes: int,
+    shape: tuple[int, ...] = (),
+    vocabulary_size: int = 0,
+    category_sizes: tuple[int, ...] = (),
+) -> nn.Module:
+    """Build a model that gives a logit for each class.
+
+    Args:
+        name: mlp, mnist_cnn, simple_cnn, fast_cnn or simple_lstm.
+        num_classes: logits of a sample.
+        shape: of an image (C, H, W), or how many numbers a sample has (D,).
+        vocabulary_size: token numbers of texts are below it.
+        category_sizes: of each categorical column of a table.
+
+    Raises:
+        ValueError: the model cannot take such samples.
+    """
+    if name == "simple_lstm":
+        return SimpleLSTM(vocabulary_size, num_classes)
+    if name == "mlp":
+        return MLP(shape, num_classes, category_sizes=category_sizes)
+    return {"mnist_cnn": MnistCNN, "simple_cnn": SimpleCNN, "fast_cnn": FastCNN}[name](shape, num_classes)
