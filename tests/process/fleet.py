@@ -35,7 +35,9 @@ class Finished:
 class Fleet:
     """The ranks of one run."""
 
-    def __init__(self, folder, script, arguments, processes=1, faults=(), environment=None, threads=1):
+    def __init__(
+        self, folder, script, arguments, processes=1, faults=(), environment=None, threads=1, pictures=False
+    ):
         """Start the ranks.
 
         Args:
@@ -46,7 +48,10 @@ class Fleet:
             faults: names and arguments of functions in tests.process.faults, called in each rank before the script.
             environment: further variables; None removes one.
             threads: torch's threads in each rank.
+            pictures: draw those of the data and of the end, which take a second.
         """
+        if not pictures:
+            faults = [("draw_nothing",), *faults]
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"output-{time.monotonic_ns()}.txt"
         variables = dict(environment or {})

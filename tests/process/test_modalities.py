@@ -170,7 +170,8 @@ def test_bad_samples_are_left_out_and_listed_in_the_run(classify):
     assert refused.codes == [2]
     assert "1.png" in refused.output and "--on_bad_sample skip" in refused.output
     assert not (classify.folder / "refused").exists()
-    assert "left out 2 bad" in classify.run("skipped", *SETTINGS, "--dataset", data, "--on_bad_sample", "skip").output
+    skipping = [*SETTINGS, "--dataset", data, "--on_bad_sample", "skip"]
+    assert "left out 2 bad" in classify.run("skipped", *skipping, pictures=True).output
     listed = (classify.folder / "skipped" / "skipped_samples.txt").read_text()
     assert "1.png" in listed and "2.png" in listed and listed.count("\n") == 2
     assert (classify.folder / "skipped" / "plots" / "first_batch.png").read_bytes()[:4] == b"\x89PNG"

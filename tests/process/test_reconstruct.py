@@ -198,7 +198,7 @@ def test_fsdp2_declines_images_in_colour_with_one_message(straight):
 def test_preflight_passes_and_draws_nothing(straight, tmp_path, more):
     script = Runs(tmp_path, "reconstruct")
     data = ["--dataset", straight.folder / "data", "--batch_size", 20] if more else []
-    finished = script.run("run", "--preflight", *data, *more, processes=2 if more else 1)
+    finished = script.run("run", "--preflight", *data, *more, processes=2 if more else 1, pictures=True)
     report = json.loads((tmp_path / "run" / "preflight.json").read_text())
     found = {finding["check"]: finding["status"] for finding in report["findings"]}
     found.pop("saving")  # times the disk, which others use too

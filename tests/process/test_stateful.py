@@ -31,7 +31,6 @@ MIDST = {1: 83, 7: 13}
 KILLS = [(1, MIDST[1]), (1, 120), (7, 19), (7, 15)]  # and at an epoch's end, right after one, at a checkpoint
 STOPS = [(1, signal.SIGINT), (7, signal.SIGTERM), (1, signal.SIGUSR1)]
 FILES = ("model", "optimizer", "carried", "rng")
-QUICK = ("draw_nothing",)
 
 
 def write_samples(path, seed=0, samples=SAMPLES):
@@ -100,7 +99,7 @@ def straight(tmp_path_factory, data):
         settings = [*data, "--hidden_size", HIDDEN, "--num_train_epochs", EPOCHS, "--engine", engine]
         settings += ["--window", window, *CASES[window]]
         if name not in done:
-            done[name] = script.run(name, *settings)
+            done[name] = script.run(name, *settings, pictures=True)
         return script, name, settings
 
     give.output = done
@@ -122,7 +121,7 @@ def test_killed_run_equals_a_straight_one(straight, engine, window, update):
     finished = script.start(killed, *settings, faults=[("signal_stateful", update, signal.SIGKILL)]).wait()
     assert finished.codes == [-9], finished.output
     assert 0 < script.steps(killed)[-1] < update
-    finished = script.run(killed, *settings, faults=[QUICK])
+    finished = script.run(killed, *settings)
     assert f"resuming {script.folder / killed} from step" in finished.output
     assert_all_same(script, name, killed, EPOCHS * UPDATES[window])
     rates = {line["train/learning_rate"] for line in script.metrics(killed) if "train/learning_rate" in line}
@@ -134,7 +133,7 @@ def test_killed_run_equals_a_straight_one(straight, engine, window, update):
 def test_stopped_run_saves_at_that_update_and_goes_on(straight, engine, window, number):
     script, name, settings = straight(engine, window)
     stopped, update = f"{name}-{number.name}", MIDST[window]
-    finished = script.start(stopped, *settings, faults=[QUICK, ("signal_stateful", update, number)]).wait()
+    finished = script.start(stopped, *settings, faults=[("signal_stateful", update, number)]).wait()
     samples = SAMPLES + (update - UPDATES[window]) * window
     assert finished.code == 75, finished.output
     assert f"stopped by {number.name} after sample {samples:,}" in finished.output
@@ -152,7 +151,7 @@ def test_stopped_run_saves_at_that_update_and_goes_on(straight, engine, window, 
     assert carried["epoch"][1] + window_sums[1] == samples - SAMPLES  # the samples of this epoch so far
     assert [epoch["epoch"] for epoch in history(script, stopped)] == [1]
 
-    assert f"from step {update} " in script.run(stopped, *settings, faults=[QUICK]).output
+    assert f"from step {update} " in script.run(stopped, *settings).output
     assert_all_same(script, name, stopped, EPOCHS * UPDATES[window])
 
 
@@ -160,15 +159,15 @@ def test_stopped_and_killed_again_and_again_equals_a_straight_run(straight):
     script, name, settings = straight("eager", 7)
     for update, number in ((2, signal.SIGTERM), (3, signal.SIGINT), (9, signal.SIGKILL), (9, signal.SIGTERM),
                            (14, signal.SIGKILL), (26, signal.SIGTERM)):  # fmt: skip
-        finished = script.start("often", *settings, faults=[QUICK, ("signal_stateful", update, number)]).wait()
+        finished = script.start("often", *settings, faults=[("signal_stateful", update, number)]).wait()
         assert finished.code == (-9 if number == signal.SIGKILL else 75), finished.output
-    script.run("often", *settings, faults=[QUICK])
+    script.run("often", *settings)
     assert_all_same(script, name, "often", EPOCHS * UPDATES[7])
 
 
 def test_signal_from_outside_in_the_midst_of_a_stretch(stateful, data):
     settings = [*data[:2], "--engine", "eager", "--hidden_size", HIDDEN, "--num_train_epochs", 20]
-    ranks = stateful.start("run", *settings, faults=[QUICK])
+    ranks = stateful.start("run", *settings)
     ranks.wait_for("epoch 2.00")
     ranks.signal(signal.SIGTERM)
     stopped = ranks.wait()
@@ -176,7 +175,7 @@ def test_signal_from_outside_in_the_midst_of_a_stretch(stateful, data):
     step = stateful.steps("run")[-1]
     assert f"saved at update {step};" in stopped.output and 2 * SAMPLES <= step < 20 * SAMPLES
     for name in ("run", "straight"):
-        stateful.run(name, *settings, faults=[QUICK])
+        stateful.run(name, *settings)
     stateful.assert_same("run", "straight", 20 * SAMPLES)
     carried = [stateful.file(name, 20 * SAMPLES, "carried.safetensors") for name in ("run", "straight")]
     assert carried[0] == carried[1]
@@ -185,7 +184,7 @@ def test_signal_from_outside_in_the_midst_of_a_stretch(stateful, data):
 def test_another_seed_gives_other_weights(straight):
     """The comparison can fail: it sees a difference where there is one."""
     script, name, settings = straight("eager", 7)
-    script.run("seed", *settings, "--seed", 1, faults=[QUICK])
+    script.run("seed", *settings, "--seed", 1)
     with pytest.raises(AssertionError):
         assert_all_same(script, name, "seed", EPOCHS * UPDATES[7])
 
@@ -195,8 +194,8 @@ def test_engine_may_change_when_a_run_goes_on_and_that_is_said(straight, before,
     script, name, settings = straight(before, 1)
     needs(after)
     changed = f"{before}-to-{after}"
-    script.start(changed, *settings, faults=[QUICK, ("signal_stateful", 83, signal.SIGTERM)]).wait()
-    finished = script.run(changed, *settings, "--engine", after, faults=[QUICK])
+    script.start(changed, *settings, faults=[("signal_stateful", 83, signal.SIGTERM)]).wait()
+    finished = script.run(changed, *settings, "--engine", after)
     assert f"changed engine: {before} in the checkpoint, {after} now" in finished.output
     found, expected = (load(script.file(run, EPOCHS * SAMPLES)) for run in (changed, name))
     for key, value in found.items():
@@ -419,14 +418,14 @@ def test_finished_run_only_reports_and_longer_training_goes_on(straight):
     assert "test/loss" in script.run(name, *settings).output
     assert (script.metrics(name), history(script, name)) == (metrics, seconds)
 
-    script.run("longer", *settings, "--num_train_epochs", 2, faults=[QUICK])
-    finished = script.run("longer", *settings, faults=[QUICK])
+    script.run("longer", *settings, "--num_train_epochs", 2)
+    finished = script.run("longer", *settings)
     assert "changed num_train_epochs: 2 in the checkpoint, 3 now" in finished.output
     assert script.file("longer", 27) == script.file(name, 27)
 
 
 def test_only_training_data(stateful, data):
-    finished = stateful.run("run", *data[:2], "--num_train_epochs", 1, "--log_every", 50)
+    finished = stateful.run("run", *data[:2], "--num_train_epochs", 1, "--log_every", 50, pictures=True)
     lines = stateful.metrics("run")
     assert [line["step"] for line in lines] == [50, 60]
     assert not [key for line in lines for key in line if key.startswith(("val/", "test/"))]

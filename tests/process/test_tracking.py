@@ -74,7 +74,7 @@ def test_what_describes_a_run_arrives(tracked, server):
 
 
 def test_defaults_and_pictures_arrive(tracked, server):
-    tracked.run(server.environment(SLURM_ARRAY_JOB_ID="4700"), "--max_train_steps", 2)
+    tracked.run(server.environment(SLURM_ARRAY_JOB_ID="4700"), "--max_train_steps", 2, pictures=True)
     run = server.only_run()
     assert [run.fields[name] for name in ("groupName", "jobType", "displayName")] == ["4700", "classify", "run"]
     assert run.project == "exact-training"
@@ -90,7 +90,7 @@ def test_pictures_of_the_other_scripts_arrive(tracked, server, tmp_path):
     stateful = ["--run_name", "answers", "--max_train_steps", 2, "--window", 50, "--engine", "eager"]
     for script, arguments in (("reconstruct", reconstruct), ("stateful_lstm", stateful)):
         environment = server.environment(HOME=str(tracked.home))
-        finished = Fleet(tmp_path / "output", script, [*common, *arguments], environment=environment).wait()
+        finished = Fleet(tmp_path / "output", script, [*common, *arguments], environment=environment, pictures=True).wait()
         assert finished.code == 0, finished.output
     runs = {run.fields["displayName"]: run for run in server.runs.values()}
     assert runs["images"].fields["jobType"] == "reconstruct"

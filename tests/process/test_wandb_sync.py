@@ -65,7 +65,7 @@ def test_three_starts_and_a_torn_file(tracked, server):
     torn = tracked.path / "wandb" / "offline-run-20200101_000000-aaaaaaaa" / "run-aaaaaaaa.wandb"
     torn.parent.mkdir()
     torn.write_bytes(HEADER)
-    tracked.run(offline, "--max_train_steps", 14, *every_second)
+    tracked.run(offline, "--max_train_steps", 14, *every_second, pictures=True)
     fragments = map(read_fragment, find_files([tracked.path]))
     steps = [step for fragment in fragments if fragment is not None for step in fragment.steps]
     assert steps == [2, 4, 6, 8, 10, 12, 14]  # no step twice: `wandb sync` would do, too

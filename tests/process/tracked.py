@@ -17,13 +17,18 @@ class Tracked:
         self.home = folder / "home"
         self.home.mkdir()
 
-    def start(self, environment, *arguments, faults=(), tracker=("wandb",)):
+    def start(self, environment, *arguments, faults=(), tracker=("wandb",), pictures=False):
         """Start the run."""
         hidden = {"WANDB_MODE": None, "WANDB_API_KEY": None, "HOME": str(self.home), "NETRC": str(self.home / "netrc")}
         common = ["--tracker", *tracker, "--output_dir", self.folder, "--run_name", "run", *SETTINGS]
         environment = {**hidden, **environment}
         return Fleet(
-            self.folder / "output", "classify", [*common, *arguments], environment=environment, faults=list(faults)
+            self.folder / "output",
+            "classify",
+            [*common, *arguments],
+            environment=environment,
+            faults=list(faults),
+            pictures=pictures,
         )
 
     def run(self, environment, *arguments, **options):
