@@ -75,8 +75,10 @@ def predict(names: Sequence[str], model: nn.Module, batch: Batch) -> torch.Tenso
     return logits
 
 
-def build_measure(settings: ClassifySettings, data: DataModule, device: torch.device) -> Measure:
-    """Return what computes cross-entropy and accuracy of each sample of a batch, both of shape [B]."""
+def build_measure(
+    settings: ClassifySettings, data: DataModule, device: torch.device, *, with_predicted: bool = False
+) -> Measure:
+    """Return what computes cross-entropy, accuracy and, if wanted, the predicted class of each sample, all [B]."""
     from torch.nn import functional as F
 
     from data_modules.stratify import class_weights
@@ -93,7 +95,9 @@ def build_measure(settings: ClassifySettings, data: DataModule, device: torch.de
         loss = entropy(labels)
         if "weights" in batch:  # mixed with a partner
             loss = batch["weights"] * loss + (1 - batch["weights"]) * entropy(batch["partner_labels"])
-        return {"loss": loss, "accuracy": (logits.argmax(dim=1) == labels).float()}
+        predicted = logits.argmax(dim=1)
+        values = {"loss": loss, "accuracy": (predicted == labels).float()}
+        return values | {"predicted": predicted} if with_predicted else values
 
     return measure
 
@@ -142,6 +146,7 @@ def main(settings: ClassifySettings) -> int:
     from train.engine.randomness import seed_all
     from train.engine.runtime import start_runtime
     from train.engine.training import carry_out
+    from train.evaluation.confusion import MOST_CLASSES, ConfusionMatrix
 
     check_best_metric(settings, METRICS)
     sessions.check_output(settings)
@@ -178,11 +183,12 @@ def main(settings: ClassifySettings) -> int:
     )
     measure = build_measure(settings, data, runtime.device)
 
-    def score(split: Split) -> Score:
+    def score(split: Split, matrix: ConfusionMatrix | None = None) -> Score:
         batches = EvaluationLoader(
             data, split, EVALUATION_BATCH, device=runtime.device, num_workers=settings.num_workers, **place
         )
-        return build_score(settings, runtime, measure, batches)
+        measured = build_measure(settings, data, runtime.device, with_predicted=matrix is not None)
+        return build_score(settings, runtime, measured, batches, matrix)
 
     tracker = sessions.start_tracking(settings, runtime, session)
     sessions.show_inputs(runtime, session, partial(look_at_data, data, loader), data.describe_preprocessing())
@@ -200,7 +206,10 @@ def main(settings: ClassifySettings) -> int:
         data=data.describe(),
         task=build_task(data, loader, runtime.device),
     )
-    return carry_out(subject, tracker, None if data.test is None else score(data.test))
+    matrix = None
+    if session.run is not None and len(data.class_names) <= MOST_CLASSES:
+        matrix = ConfusionMatrix(data.class_names, session.run.plots / "confusion_matrix.png", runtime)
+    return carry_out(subject, tracker, None if data.test is None else score(data.test, matrix))
 
 
 def run() -> None:

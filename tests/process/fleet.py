@@ -35,9 +35,7 @@ class Finished:
 class Fleet:
     """The ranks of one run."""
 
-    def __init__(
-        self, folder, script, arguments, processes=1, faults=(), environment=None, threads=1, pictures=False
-    ):
+    def __init__(self, folder, script, arguments, processes=1, faults=(), environment=None, threads=1, pictures=False):
         """Start the ranks.
 
         Args:

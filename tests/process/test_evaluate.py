@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +22,7 @@ def trained(tmp_path_factory):
     write_images(data / "train", 40)
     write_images(data / "test", NUM_TEST // 3, seed=1)
     settings = ["--dataset", data, "--num_train_epochs", 3, "--learning_rate", 3e-3, "--checkpoint_format", "sharded"]
-    Runs(folder, "classify").run("run", *settings, "--preflight", "off", processes=2)
+    Runs(folder, "classify").run("run", *settings, "--preflight", "off", processes=2, pictures=True)
     return folder / "run", data
 
 
@@ -66,6 +67,8 @@ def test_one_and_two_processes_count_every_sample_once_and_say_what_training_sai
         assert finished.output.count("wrote ") == 2
         reports.append(read_report(finished))
         tables.append(read_csv(predictions))
+        drawn = finished.output.strip().splitlines()[-1].removeprefix("wrote ") + "/confusion_matrix.png"
+        assert Path(drawn).read_bytes() == (path / "plots" / "confusion_matrix.png").read_bytes()
     own = own_test(path)
     for report, table in zip(reports, tables):
         assert report["samples"] == len(table) == sum(map(sum, report["confusion_matrix"])) == NUM_TEST

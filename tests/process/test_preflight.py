@@ -36,7 +36,9 @@ def test_neither_quick_nor_full_changes_the_run(classify, where):
 
 @pytest.mark.parametrize("where", PLACES)
 def test_full_preflight_passes_and_reports(classify, where):
-    finished = classify.run("run", "--preflight", "--ema_decay", 0.9, "--micro_batch_size", 16, pictures=True, **PLACES[where])
+    finished = classify.run(
+        "run", "--preflight", "--ema_decay", 0.9, "--micro_batch_size", 16, pictures=True, **PLACES[where]
+    )
     found = findings(classify, "run")
     assert {finding["status"] for finding in found.values()} <= {"pass", "skip", "warn"}, finished.output
     assert found["round trip"]["status"] == "pass"

@@ -78,8 +78,7 @@ def test_defaults_and_pictures_arrive(tracked, server):
     run = server.only_run()
     assert [run.fields[name] for name in ("groupName", "jobType", "displayName")] == ["4700", "classify", "run"]
     assert run.project == "exact-training"
-    assert "first_batch" in run.history[0] and "curves" in run.summary
-    for picture in (run.history[0]["first_batch"], run.summary["curves"]):
+    for picture in (run.history[0]["first_batch"], run.summary["curves"], run.summary["confusion_matrix"]):
         assert run.uploads[picture["path"]][:4] == b"\x89PNG"
 
 
@@ -90,7 +89,9 @@ def test_pictures_of_the_other_scripts_arrive(tracked, server, tmp_path):
     stateful = ["--run_name", "answers", "--max_train_steps", 2, "--window", 50, "--engine", "eager"]
     for script, arguments in (("reconstruct", reconstruct), ("stateful_lstm", stateful)):
         environment = server.environment(HOME=str(tracked.home))
-        finished = Fleet(tmp_path / "output", script, [*common, *arguments], environment=environment, pictures=True).wait()
+        finished = Fleet(
+            tmp_path / "output", script, [*common, *arguments], environment=environment, pictures=True
+        ).wait()
         assert finished.code == 0, finished.output
     runs = {run.fields["displayName"]: run for run in server.runs.values()}
     assert runs["images"].fields["jobType"] == "reconstruct"

@@ -28,6 +28,18 @@ class Slot(Protocol):
     def batch(self) -> Any: ...
 
 
+class Watcher(Protocol):
+    """Sees an evaluation pass by, and draws when it is over. All processes call its methods together."""
+
+    def watch(self, slot: Slot, values: dict[str, torch.Tensor]) -> None:
+        """Look at what was measured of a slot, and take out what has no mean."""
+        ...
+
+    def draw(self, model: nn.Module) -> None:
+        """Draw; the evaluation is over."""
+        ...
+
+
 class GlobalBatch(Protocol):
     """This process's slots of one global batch of `size` samples."""
 

@@ -8,24 +8,23 @@ from itertools import islice
 import torch
 from torch import nn
 
-from train.engine.contract import Measure, Score, Slot
-from train.engine.gallery import Gallery
+from train.engine.contract import Measure, Score, Slot, Watcher
 from train.engine.runtime import Runtime
 from train.engine.settings import RunSettings
 
 
 def build_score(
-    settings: RunSettings, runtime: Runtime, measure: Measure, slots: Iterable[Slot], gallery: Gallery | None = None
+    settings: RunSettings, runtime: Runtime, measure: Measure, slots: Iterable[Slot], watcher: Watcher | None = None
 ) -> Score:
     """Return what evaluates a model on this process's share of a split; of a dry run, on the first of its batches."""
     if settings.dry_run:
         slots = list(islice(slots, 1))
 
     def score(model: nn.Module) -> dict[str, float]:
-        if gallery is None:
+        if watcher is None:
             return evaluate(model, measure, slots, runtime)
-        values = evaluate(model, measure, slots, runtime, gallery.watch)
-        gallery.draw(model)
+        values = evaluate(model, measure, slots, runtime, watcher.watch)
+        watcher.draw(model)
         return values
 
     return score
@@ -46,7 +45,7 @@ def evaluate(
     """Return the mean of each metric over all samples of all processes.
 
     Sums are exact in float64 and reduced once at the end; means of batch means would be wrong for the last batch.
-    `watch` is told what was measured of each slot.
+    `watch` is told what was measured of each slot, and may take values out of it.
 
     Raises:
         EvaluationStoppedError: on all processes, if one of them was asked to stop.
