@@ -6,11 +6,13 @@ or several, and a chunk is a checksum, a length, a kind and the content; none cr
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made when it is imported
 
@@ -83,11 +85,43 @@ def read_fragment(path: Path) -> Fragment | None:
     return Fragment(path, *name, tuple(steps)) if name is not None else None
 
 
-def write_rest(fragment: Fragment, target: Path, after: int) -> None:
-    """Write a file without the rows up to a step: W&B would not drop them but shift the others (0.31)."""
+def write_rest(fragment: Fragment, target: Path, after: int, others: Mapping[int, Mapping[str, Any]]) -> None:
+    """Write a file without the rows up to a step, and with other rows where their steps belong.
 
-    def is_wanted(content: bytes) -> bool:
-        record = Record.FromString(content)
-        return record.WhichOneof("record_type") != "history" or record.history.step.num > after
+    W&B would not drop rows that it has but shift the others (0.31).
 
-    write_records(target, filter(is_wanted, read_records(fragment.path)))
+    Args:
+        fragment: what is copied.
+        target: the new file.
+        after: rows up to this step are left out.
+        others: rows by step, none of which the fragment has.
+    """
+    left = sorted(others)
+
+    def records() -> Iterator[bytes]:
+        for content in read_records(fragment.path):
+            record = Record.FromString(content)
+            if record.WhichOneof("record_type") == "history":
+                step = record.history.step.num
+                while left and left[0] < step:
+                    yield _row(left[0], others[left.pop(0)])
+                if step <= after:
+                    continue
+            elif record.WhichOneof("record_type") == "exit":
+                while left:
+                    yield _row(left[0], others[left.pop(0)])
+            yield content
+        while left:
+            yield _row(left[0], others[left.pop(0)])
+
+    write_records(target, records())
+
+
+def _row(step: int, values: Mapping[str, Any]) -> bytes:
+    record = Record()
+    record.history.step.num = step
+    for name, value in {**values, "_step": step}.items():
+        item = record.history.item.add()
+        item.nested_key.append(name)
+        item.value_json = json.dumps(value)
+    return record.SerializeToString()

@@ -23,6 +23,10 @@ def compare(request: argparse.Namespace) -> int:
     from train.comparison.report import build_report, to_json, to_markdown, to_text
     from train.comparison.sources import read_runs
 
+    files = [path for path in (request.markdown, request.json, request.png, request.html) if path is not None]
+    lost = [f"{path}: there is no folder {path.parent}" for path in files if not path.parent.is_dir()]
+    if lost:
+        raise UsageError(lost)
     runs, notes = read_runs(request.runs)
     report = build_report(runs, notes, request.metric, request.mode)
     print(to_text(report))

@@ -4,13 +4,19 @@ import json
 import os
 import signal
 import subprocess
+import sys
+import textwrap
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.process.tracked import assert_same_rows
 from tests.wandb_server import KEY
 from train.engine import wandb_service, wandb_tracker
+
+ROOT = Path(__file__).parents[2]
 
 
 def assert_ends_well(tracked, fleet, warnings):
@@ -48,7 +54,7 @@ def test_nobody_at_a_terminal_is_asked(tracked, server):
 def test_bad_key(tracked, server, key):
     server.fault = "key"
     fleet = tracked.start(server.environment(WANDB_API_KEY=key, WANDB_MODE=None), "--max_train_steps", 8)
-    assert "warning: W&B lets us not in (" in assert_ends_well(tracked, fleet, warnings=1)
+    assert "warning: W&B does not answer, or refuses the key (" in assert_ends_well(tracked, fleet, warnings=1)
 
 
 @pytest.mark.slow
@@ -59,7 +65,7 @@ def test_service_that_is_down_at_the_start(tracked, server, fault):
         server.close()
     shorter = ("set_attribute", "train.engine.wandb_tracker", "INIT_TIMEOUT_SECONDS", 5)
     fleet = tracked.start(server.environment(), "--max_train_steps", 8, faults=[shorter])
-    assert "warning: W&B lets us not in (" in assert_ends_well(tracked, fleet, warnings=1)
+    assert "warning: W&B does not answer, or refuses the key (" in assert_ends_well(tracked, fleet, warnings=1)
 
 
 @pytest.mark.slow
@@ -107,13 +113,40 @@ def test_killed_wandb(tracked, server):
 
 
 def test_wandb_that_hangs(tracked, server):
-    """Its process is there and does nothing, and would not end when it is told to."""
-    faults = [("signal_wandb", 3, signal.SIGSTOP)]
-    faults += [("set_attribute", "train.engine.wandb_tracker", "FINISH_TIMEOUT_SECONDS", 3)]
-    faults += [("set_attribute", "train.engine.wandb_service", "EXIT_SECONDS", 3)]
-    fleet = tracked.start(server.environment(), "--max_train_steps", 8, faults=faults)
-    assert "warning: wandb failed" in assert_ends_well(tracked, fleet, warnings=1)
+    """Its process is there and does nothing, and would not end when it is told to; Python would wait for it."""
+    script = """
+        import signal, sys
+        from tests.process import faults
+        from train import classify
+        from train.engine import wandb_service, wandb_tracker
+
+        faults.draw_nothing(0)
+        faults.signal_wandb(0, 3, signal.SIGSTOP)
+        wandb_tracker.FINISH_TIMEOUT_SECONDS = wandb_service.EXIT_SECONDS = 3
+        classify.run()
+    """
+    arguments = tracked.arguments("--max_train_steps", 8)
+    with open(tracked.folder / "output.txt", "w+") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+            cwd=ROOT,
+            env={**os.environ, "HOME": str(tracked.home), **server.environment()},
+            stdout=output,
+            stderr=output,
+        )
+        try:
+            assert process.wait(120) == 0
+        finally:
+            process.kill()
+        output.seek(0)
+        printed = output.read()
+    assert printed.count("warning: wandb failed (not everything was taken in 5 s)") == 1, printed
+    assert "Traceback" not in printed
     assert wandb_tracker.FINISH_TIMEOUT_SECONDS + 2 + wandb_service.EXIT_SECONDS < 30
+    left = [
+        one for one in psutil.process_iter() if one.name() == "wandb-core" and one.status() == psutil.STATUS_STOPPED
+    ]
+    assert not [one for one in left if one.environ().get("HOME") == str(tracked.home)]
 
 
 def test_home_that_cannot_be_written(tracked, server):

@@ -3,8 +3,10 @@
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,13 +34,13 @@ def offline(tracked, two_starts):
     return tracked
 
 
-def sync(tracked, environment, *folders, **constants):
-    """Run the script, with other values of some of its constants; return its exit code and output."""
+def start(tracked, environment, *folders, **constants):
+    """Start the script, with other values of some of its constants."""
     script = f"import sys, launch.wandb_sync as script; vars(script).update({constants}); "
     script += "sys.exit(script.main(sys.argv[1:]))"
     command = ["-c", script] if constants else ["launch/wandb_sync.py"]
     hidden = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    finished = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *command, *map(str, folders)],
         cwd=ROOT,
         env={**hidden, "PYTHONPATH": str(ROOT), "HOME": str(tracked.home), **environment},
@@ -46,10 +48,15 @@ def sync(tracked, environment, *folders, **constants):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
     )
-    assert "Traceback" not in finished.stdout, finished.stdout
-    return finished.returncode, finished.stdout
+
+
+def sync(tracked, environment, *folders, **constants):
+    """Run the script to its end; return its exit code and output."""
+    process = start(tracked, environment, *folders, **constants)
+    output, _ = process.communicate(timeout=300)
+    assert "Traceback" not in output, output
+    return process.returncode, output
 
 
 @pytest.mark.slow
@@ -135,27 +142,50 @@ def test_rows_that_are_not_taken_are_noticed(offline, server, fault):
 
 
 @pytest.mark.slow
-def test_rows_that_no_file_has_are_named_and_sent_by_the_next_start(offline, server):
-    """A kill of the whole machine leaves less in W&B's file than in metrics.jsonl."""
-    *_, file = find_files([offline.path])
-    records = list(read_records(file))
-    while len(read_fragment(file).steps) > 1:
+@pytest.mark.parametrize("place", [0, 1])
+def test_rows_that_no_file_has_come_from_metrics(offline, server, place):
+    """A kill of the whole machine leaves less in W&B's file; asked for the second start alone, both are sent."""
+    files = find_files([offline.path])
+    records = list(read_records(files[place]))
+    while len(read_fragment(files[place]).steps) > 1:
         records.pop()
-        write_records(file, records)
-    code, output = sync(offline, server.environment(), offline.path)
-    assert code == 1 and "8 to 9  failed: only metrics.jsonl has these" in output, output
-    offline.run({"WANDB_MODE": "offline"}, "--max_train_steps", 9)
-    code, output = sync(offline, server.environment(), offline.path)
+        write_records(files[place], records)
+    code, output = sync(offline, server.environment(), files[1].parent)
     assert code == 0, output
+    assert f"uploaded 1 of 1 rows and {[5, 2][place]} of metrics.jsonl" in output, output
+    assert output.count("verified") == 2 and "7 to 9 " in output, output
     assert_same_rows(server, offline)
-    assert "test/loss" in server.only_run().summary
+    if place == 0:
+        run = server.only_run()
+        run.rows = {where: row for where, row in run.rows.items() if row["_step"] != 3}
+        code, output = sync(offline, server.environment(), offline.path, ARRIVAL_SECONDS=1)
+        assert code == 1 and "failed: W&B has 8 of 9 rows, and takes none before its last" in output, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["service", "person"])
+def test_upload_that_ends_early_says_so(offline, server, end):
+    """The service goes away, or somebody presses Ctrl-C, while W&B's own upload tries again and again."""
+    server.fault = "rows"
+    process = start(offline, server.environment(), offline.path, LOOK_SECONDS=1)
+    while not any("file_stream" in request for request in server.requests):
+        assert process.poll() is None
+        time.sleep(0.1)
+    if end == "service":
+        server.fault = "key"
+    else:
+        process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert "Traceback" not in output, output
+    assert process.returncode == {"service": 1, "person": 130}[end], output
+    assert {"service": "stopped: repeat this when", "person": "interrupted: repeat this"}[end] in output, output
 
 
 def test_bad_usage_has_exit_code_2(tracked, server):
     code, output = sync(tracked, server.environment(), tracked.folder / "nowhere")
     assert code == 2 and "nowhere: there is no such folder" in output, output
     code, output = sync(tracked, server.environment(), tracked.folder)
-    assert code == 0 and "no W&B runs below" in output, output
+    assert code == 2 and "there are no W&B runs below" in output, output
     torn = tracked.path / "wandb" / "offline-run-20200101_000000-aaaaaaaa" / "run-aaaaaaaa.wandb"
     torn.parent.mkdir(parents=True)
     torn.write_bytes(HEADER)

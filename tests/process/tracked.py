@@ -20,16 +20,19 @@ class Tracked:
     def start(self, environment, *arguments, faults=(), tracker=("wandb",), pictures=False):
         """Start the run."""
         hidden = {"WANDB_MODE": None, "WANDB_API_KEY": None, "HOME": str(self.home), "NETRC": str(self.home / "netrc")}
-        common = ["--tracker", *tracker, "--output_dir", self.folder, "--run_name", "run", *SETTINGS]
         environment = {**hidden, **environment}
         return Fleet(
             self.folder / "output",
             "classify",
-            [*common, *arguments],
+            self.arguments(*arguments, tracker=tracker),
             environment=environment,
             faults=list(faults),
             pictures=pictures,
         )
+
+    def arguments(self, *arguments, tracker=("wandb",)):
+        """Return the command line."""
+        return ["--tracker", *tracker, "--output_dir", self.folder, "--run_name", "run", *SETTINGS, *arguments]
 
     def run(self, environment, *arguments, **options):
         """Run to the end; fail unless the exit code is 0."""

@@ -320,11 +320,15 @@ def test_damaged_run_json(tmp_path, command):
 
 @pytest.mark.parametrize("lines", [[], [line(10, 1, train_loss=1.0)]])
 def test_run_without_evaluation(tmp_path, command, lines):
+    """It has just begun, and the others are compared."""
     write_run(tmp_path / "one", [0.5])
     path = write_run(tmp_path / "two", lines or [0.5])
     if not lines:
         (path / "metrics.jsonl").unlink()
-    assert refused(command, "one", "two") == "error: two: has no evaluation yet, nothing to compare"
+    assert refused(command, "two") == "error: two: has no evaluation yet, nothing to compare"
+    code, output, _ = command("one", "two")
+    assert code == 0
+    assert "two: has no evaluation yet" in output
 
 
 def test_all_problems_are_said_at_once(tmp_path, command):
@@ -395,8 +399,12 @@ def test_runs_without_a_common_step(tmp_path, numbers):
 
 def test_file_that_cannot_be_written(tmp_path, command):
     write_run(tmp_path / "one", [0.5])
-    code, _, (error,) = command("one", "--markdown", "nowhere/a.md")
-    assert code == 2 and error.startswith("error: nowhere/a.md: cannot be written")
+    code, output, errors = command("one", "--markdown", "nowhere/a.md", "--html", "no/a.html")
+    assert code == 2 and output == "" and len(errors) == 2
+    assert errors[0] == "error: nowhere/a.md: there is no folder nowhere"
+    (tmp_path / "a.md").mkdir()
+    code, _, (error,) = command("one", "--markdown", "a.md")
+    assert code == 2 and error.startswith("error: a.md: cannot be written")
 
 
 # ---- output ----------------------------------------------------------------------------------------------------------

@@ -64,11 +64,8 @@ def choose_metric(runs: Sequence[Run], metric: str | None) -> str:
     """Return the metric asked for, else the best_metric of the runs, else val/loss.
 
     Raises:
-        UsageError: a run has no evaluation, or not this metric.
+        UsageError: a run has not this metric.
     """
-    empty = [f"{run.source}: has no evaluation yet, nothing to compare" for run in runs if not run.metrics]
-    if empty:
-        raise UsageError(empty)
     if metric is None:
         wishes = {str(wish) for run in runs if (wish := run.config.get("best_metric"))}
         if len(wishes) > 1:

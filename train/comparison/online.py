@@ -109,7 +109,8 @@ def join_parts(parts: list[Run]) -> Run:
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if not name.startswith("_")}
+    """Return the settings in a config; `start` is what our tracker adds of the machine."""
+    return {name: value for name, value in config.items() if not name.startswith("_") and name != "start"}
 
 
 def _as_line(row: dict[str, Any]) -> dict[str, Any]:

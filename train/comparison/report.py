@@ -14,6 +14,7 @@ from train.comparison import analysis
 from train.comparison.analysis import Difference, Group, Measured, Mode, show_setting
 from train.comparison.run import Run
 from train.comparison.verdict import pass_verdict, shorten_fact, show_number, warn
+from train.engine.errors import UsageError
 
 WIDTH = 120  # columns of a terminal
 WIDEST_CELL = 44  # in a terminal; a longer text loses its middle
@@ -63,8 +64,13 @@ def build_report(runs: Sequence[Run], notes: Sequence[str], metric: str | None, 
         mode: None: as the metric's name says.
 
     Raises:
-        UsageError: a run has no evaluation or not this metric, or nobody says which direction is better.
+        UsageError: no run has an evaluation, one has not this metric, or nobody says which direction is better.
     """
+    empty = [f"{run.source}: has no evaluation yet, nothing to compare" for run in runs if not run.metrics]
+    runs = [run for run in runs if run.metrics]
+    if not runs:
+        raise UsageError(empty)
+    notes = [*notes, *empty]
     metric = analysis.choose_metric(runs, metric)
     mode = analysis.choose_mode(runs, metric, mode)
     measured, equal_step = analysis.measure(runs, metric, mode)

@@ -43,6 +43,7 @@ from train.engine.settings import RunSettings, TrainSettings
 from train.engine.state import Progress, RunState, restore, restore_model
 from train.engine.tensors import named_tensors
 from train.engine.tracking import Tracker
+from train.engine.wandb_tracker import check_variables
 
 
 def default_run_name(settings: RunSettings, parts: list[str]) -> str:
@@ -72,10 +73,10 @@ class Session:
 
 
 def check_output(settings: RunSettings) -> None:
-    """Refuse an output folder that cannot be written, before anything is loaded.
+    """Refuse an output folder that cannot be written, and a W&B that cannot be set up, before anything is loaded.
 
     Raises:
-        UsageError: says which folder and why.
+        UsageError: says which folder or variable and why.
     """
     folder = Path(settings.output_dir).absolute()
     while not folder.exists() and folder != folder.parent:
@@ -83,6 +84,7 @@ def check_output(settings: RunSettings) -> None:
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         reason = "may not be written" if folder.is_dir() else "is no folder"
         raise UsageError(f"--output_dir {settings.output_dir}: {folder} {reason}; choose another folder")
+    check_variables(settings)
 
 
 def open_session(

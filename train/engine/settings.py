@@ -84,7 +84,7 @@ class RunSettings:
         yield 0 <= self.seed < 2**32, "seed", "between 0 and 2**32 - 1"  # torch's CPU generator takes 32 bits
         yield "none" not in self.tracker or self.tracker == ("none",), "tracker", "none alone, or other names"
         missing = "tensorboard" in self.tracker and importlib.util.find_spec("tensorboard") is None
-        yield not missing, "tracker", "something else, or do: pip install tensorboard"
+        yield not missing, "tracker", "used with TensorBoard installed: pip install tensorboard"
         name = self.run_name
         plain = name is None or re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", name) is not None
         yield plain, "run_name", "a plain folder name of letters, digits and _ . + = -"
@@ -249,10 +249,15 @@ def parse_every(text: str, *, minutes: bool = True) -> Every:
     return Every(count, unit)  # type: ignore[arg-type]
 
 
+def _show(value: object) -> object:
+    """Return a value as it is written on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
+
+
 def check_settings(settings: RunSettings) -> list[str]:
     """Return all problems with the settings that can be seen without data, model or processes."""
     problems = [
-        f"--{name} {getattr(settings, name)}: must be {wanted}"
+        f"--{name} {_show(getattr(settings, name))}: must be {wanted}"
         for sound, name, wanted in settings.conditions()
         if not sound
     ]

@@ -33,6 +33,7 @@ class Tracker:
         self._file: IO[bytes] | None = None
         if run is None:
             return
+        self._run = run
         path = run.metrics
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         if self._file.tell() < keep_bytes:
@@ -96,12 +97,11 @@ class Tracker:
                     act(tracker)
             except Exception as error:  # tracking never stops a run: metrics.jsonl has the numbers
                 self.others.remove(tracker)
-                print(
-                    f"warning: {tracker.name} failed ({' '.join(str(error).split())}); the run goes on without it, "
-                    "metrics are in metrics.jsonl",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                rest = "metrics.jsonl has all metrics"
+                if isinstance(tracker, WandbTracker):
+                    rest += f"; upload them later with: python launch/wandb_sync.py {self._run.path}"
+                reason = " ".join(str(error).split())
+                print(f"warning: {tracker.name} failed ({reason}); {rest}", file=sys.stderr, flush=True)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         assert self._file is not None

@@ -22,6 +22,7 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker
 
+from train.engine.errors import UsageError
 from train.engine.run_directory import RunDirectory
 from train.engine.settings import RunSettings
 
@@ -75,6 +76,9 @@ class WandbTracker(GeneralTracker):
 
         # On a full disk, the log of W&B would print a traceback for each of its lines.
         logging.raiseExceptions = False
+        # It would print how it fails to report its own failures to its makers.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        self._choose_cache()
         wandb.setup(wandb.Settings(silent=True))
         mode = os.environ.get("WANDB_MODE") or "online"
         told = "W&B: offline"
@@ -86,7 +90,8 @@ class WandbTracker(GeneralTracker):
                 else:
                     told = "W&B: offline (there is no key)"
             except Exception as error:  # whatever it is, what is kept offline can be uploaded later
-                told = f"warning: W&B lets us not in ({' '.join(str(error).split())}): offline"
+                reason = " ".join(str(error).split())
+                told = f"warning: W&B does not answer, or refuses the key ({reason}): offline"
                 wandb.teardown()  # it would take the run for open
                 wandb.setup(wandb.Settings(silent=True))
         if self.run is None:
@@ -95,9 +100,19 @@ class WandbTracker(GeneralTracker):
             print(f"{told}; upload later with: python launch/wandb_sync.py {self._directory.path}", flush=True)
             self._sent = self._last_step_on_disk()
         else:
+            if self.run.url:  # disabled, it has none
+                print(f"W&B: {self.run.url}", flush=True)
             self._sent = self.run.starting_step - 1
         self._show_first_batch = self._sent < 0
         self._thread.start()
+
+    def _choose_cache(self) -> None:
+        """Let W&B keep its logs in the run where the home directory cannot be written, as in some containers."""
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        try:
+            (cache / "wandb").mkdir(parents=True, exist_ok=True)
+        except OSError:
+            os.environ["XDG_CACHE_HOME"] = str(self._directory.path / "wandb" / "cache")
 
     def _open(self, mode: str) -> None:
         import wandb
@@ -182,9 +197,12 @@ class WandbTracker(GeneralTracker):
         artifact = wandb.Artifact(f"{self.run.id}-{name}", type="checkpoint", metadata={"folder": path.name})
         # Immutable: sent from where they lie; otherwise W&B would first copy them into the home directory.
         artifact.add_dir(str(path), policy="immutable", skip_cache=True)
-        logged = self.run.log_artifact(artifact, aliases=[name])
-        if not self.run.offline:
-            logged.wait()
+        try:
+            logged = self.run.log_artifact(artifact, aliases=[name])
+            if not self.run.offline:
+                logged.wait()
+        except Exception as error:  # of many kinds
+            raise RuntimeError(f"the artifact {artifact.name} was not stored: {error}") from error
 
     def finish(self) -> None:
         """Send what is left, for a bounded time.
@@ -215,6 +233,39 @@ class WandbTracker(GeneralTracker):
                 act()
         except Exception as error:  # of any kind; the next call raises it
             self._failure = error
+
+
+def check_variables(settings: RunSettings) -> None:
+    """Refuse variables that W&B would refuse when the run has begun; empty ones count as not set.
+
+    Raises:
+        UsageError: names them.
+    """
+    if "wandb" not in settings.tracker or os.environ.get("RANK", "0") != "0":
+        return
+    import wandb
+
+    problems = []
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        if not os.environ[name].strip():
+            del os.environ[name]
+            continue
+        try:
+            wandb.Settings().update_from_env_vars({name: os.environ[name]})
+        except Exception as error:  # of several kinds
+            problems.append(f"{name}={os.environ[name]}: W&B refuses it ({_say_briefly(error)})")
+    try:
+        wandb.Settings(project=settings.wandb_project)
+    except Exception as error:
+        problems.append(f"--wandb_project {settings.wandb_project}: W&B refuses it ({_say_briefly(error)})")
+    if problems:
+        raise UsageError(problems)
+
+
+def _say_briefly(error: Exception) -> str:
+    """Return the message of an error, of one of pydantic without its dressing."""
+    first = str(error.errors()[0]["msg"]) if hasattr(error, "errors") else str(error)
+    return " ".join(first.split())
 
 
 def _started(file: Path) -> str:
