@@ -25,7 +25,7 @@ def evaluate(request: argparse.Namespace) -> int:
         DataError: the data cannot be used.
     """
     from train.evaluation import results
-    from train.evaluation.answers import build_answer, collect, load_batches
+    from train.evaluation.answers import build_answer, check_answers, collect, load_batches
     from train.evaluation.samples import load_part
     from train.evaluation.tables import check_table_file, write_table
     from train.evaluation.trained_run import build_model, open_run, place_model, start_processes
@@ -56,6 +56,7 @@ def evaluate(request: argparse.Namespace) -> int:
         model = place_model(run, runtime)
         names, answer = build_answer(run, model)
         answers = collect(answer, load_batches(run, part, runtime), runtime)
+        check_answers(answers)
         judge = partial(results.judge_classes, run, part, answers)
         if run.kind == "reconstruct":
             judge = partial(results.judge_images, run, part, names, answers, model, runtime.device)

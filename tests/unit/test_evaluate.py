@@ -492,6 +492,14 @@ def test_a_file_that_is_read_is_not_written_over(people, command):
     assert code == 2 and "one of the files to be read" in errors[0] and file.read_bytes() == before
 
 
+def test_a_line_has_one_class_or_more(people, command):
+    run, file = people
+    code, _, errors = command(predict, run, file, "--top", 0)
+    assert code == 2 and errors == ["error: --top 0: must be 1 or more"]
+    _, out, _ = command(predict, run, file, "--top", 9)
+    assert all(f" {name} " in out.splitlines()[0] for name in CLASSES)
+
+
 def test_texts_come_from_lines_files_and_stdin(folder, command, results, tmp_path, monkeypatch):
     data = folder / "reviews.csv"
     words = [("good film", "pos"), ("bad film", "neg")] * 40
