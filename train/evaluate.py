@@ -33,11 +33,13 @@ def evaluate(request: argparse.Namespace) -> int:
     if request.predictions is not None:
         check_table_file("--predictions", request.predictions, (".csv", ".parquet"))
     run = open_run(request.run, request.checkpoint)
+    other = request.dataset not in (None, run.config.get("dataset"))
+    if request.label_column is not None and not (other and run.kind == "classify"):
+        raise UsageError("--label_column: is for other data of a classifier, named by --dataset; leave it out")
 
     def write(dataset: str, split: str, num_samples: int, result: results.Result) -> None:
         if request.predictions is not None:
             write_table(request.predictions, result.predictions)
-        other = request.dataset not in (None, run.config.get("dataset"))
         print(f"\nwrote {results.write_evaluation(run, dataset, split, num_samples, result, other)}")
 
     if run.kind == "stateful_lstm":

@@ -51,6 +51,8 @@ def predict(request: argparse.Namespace) -> int:
             f"{run.path}: a stateful LSTM answers whole sequences, not single samples: python train/evaluate.py "
             f"{request.run} --dataset FILE.npy --predictions answers.csv"
         )
+    if request.top != 1 and run.kind == "reconstruct":
+        raise UsageError(f"--top {request.top}: is for classes, which this run has not; leave it out")
     output: Path | None = request.output
     if output is not None and run.kind == "reconstruct" and (output.exists() or not output.absolute().parent.is_dir()):
         raise UsageError(f"--output {output}: must be a new folder, in one that exists")

@@ -371,6 +371,7 @@ def block_results(run):
         (lambda run: (run / "preprocessing.json").write_text("{"), [], "preprocessing.json: is damaged"),
         (lambda run: None, ["--predictions", "a.txt"], "must end in .csv or .parquet"),
         (lambda run: None, ["--predictions", "nowhere/a.csv"], "make the folder"),
+        (lambda run: None, ["--label_column", "label"], "named by --dataset; leave it out"),
         (lambda run: None, ["--dataset", "nowhere.csv"], "no such file or folder"),
         (block_results, [], "cannot be written (File exists)"),
     ],
@@ -567,6 +568,8 @@ def test_reconstructions_are_judged_as_in_training(results, command, tmp_path, p
     picture = np.asarray(Image.open(tmp_path / "new" / errors[4]["file"])) / 255
     original = np.asarray(Image.open(errors[4]["sample"])) / 255
     assert np.square(picture - original).mean() == pytest.approx(float(errors[4]["mse"]), rel=0.05)
+    code, _, messages = command(predict, run, data / "test", "--top", 3)
+    assert code == 2 and "is for classes" in messages[0]
     code, _, messages = command(predict, run, data / "test", "--output", tmp_path / "new")
     assert code == 2 and "must be a new folder" in messages[0]
 
