@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 
 from train import classify, evaluate, predict, reconstruct, stateful_lstm
+from train.engine import session
 from train.evaluation import judging
+from train.evaluation import results as results_module
 from train.evaluation.pictures import draw_confusion_matrix
 from train.evaluation.tables import to_markdown
 
@@ -46,11 +48,13 @@ def write_people(path, count, seed=0, classes=CLASSES, header=("age", "town", "l
 
 
 def train(script, kind, folder, name, **settings):
-    """Train in this process; return the folder of the run."""
+    """Train in this process, without the pictures at the end, which take a second; return the folder of the run."""
     common = {"output_dir": str(folder), "run_name": name, "tracker": ("none",)}
     if script is not stateful_lstm:
         common["preflight"] = "off"
-    assert script.main(kind(**{**common, **settings})) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "draw_curves", lambda *_: None)
+        assert script.main(kind(**{**common, **settings})) == 0
     return folder / name
 
 
@@ -79,6 +83,18 @@ def people(folder):
     file = write_people(folder / "people.csv", 120)
     settings = {"dataset": str(file), "num_train_epochs": 20, "learning_rate": 1e-2, "categorical_columns": ("town",)}
     return train(classify, classify.ClassifySettings, folder, "table", **settings), file
+
+
+@pytest.fixture
+def drawn():
+    """Draw all pictures, which takes most of the time of an evaluation."""
+
+
+@pytest.fixture(autouse=True)
+def _few_pictures(request, monkeypatch):
+    if "drawn" not in request.fixturenames:
+        for name in ("draw_confusion_matrix", "draw_reliability"):
+            monkeypatch.setattr(results_module, name, lambda *_: None)
 
 
 @pytest.fixture
@@ -202,7 +218,7 @@ def test_many_classes_are_cut_to_the_worst(tmp_path):
 # ---- the run's own data ----------------------------------------------------------------------------------------------
 
 
-def test_the_average_of_the_weights_gives_what_training_said_of_it(pictures, results):
+def test_the_average_of_the_weights_gives_what_training_said_of_it(pictures, results, drawn):
     run, _ = pictures
     report, written = results(run)
     own = own_test(run)
