@@ -25,7 +25,7 @@ def evaluate(request: argparse.Namespace) -> int:
         DataError: the data cannot be used.
     """
     from train.evaluation import results
-    from train.evaluation.answers import build_answer, collect, load_batches
+    from train.evaluation.answers import build_answer, check_answers, collect, load_batches
     from train.evaluation.samples import load_part
     from train.evaluation.tables import check_table_file, write_table
     from train.evaluation.trained_run import build_model, open_run, place_model, start_processes
@@ -33,11 +33,13 @@ def evaluate(request: argparse.Namespace) -> int:
     if request.predictions is not None:
         check_table_file("--predictions", request.predictions, (".csv", ".parquet"))
     run = open_run(request.run, request.checkpoint)
+    other = request.dataset not in (None, run.config.get("dataset"))
+    if request.label_column is not None and not (other and run.kind == "classify"):
+        raise UsageError("--label_column: is for other data of a classifier, named by --dataset; leave it out")
 
     def write(dataset: str, split: str, num_samples: int, result: results.Result) -> None:
         if request.predictions is not None:
             write_table(request.predictions, result.predictions)
-        other = request.dataset not in (None, run.config.get("dataset"))
         print(f"\nwrote {results.write_evaluation(run, dataset, split, num_samples, result, other)}")
 
     if run.kind == "stateful_lstm":
@@ -56,6 +58,7 @@ def evaluate(request: argparse.Namespace) -> int:
         model = place_model(run, runtime)
         names, answer = build_answer(run, model)
         answers = collect(answer, load_batches(run, part, runtime), runtime)
+        check_answers(answers)
         judge = partial(results.judge_classes, run, part, answers)
         if run.kind == "reconstruct":
             judge = partial(results.judge_images, run, part, names, answers, model, runtime.device)

@@ -35,7 +35,7 @@ def predict(request: argparse.Namespace) -> int:
     import torch
 
     from data_modules.decoding import BadRowError
-    from train.evaluation.answers import build_answer, collect, load_batches
+    from train.evaluation.answers import build_answer, check_answers, collect, load_batches
     from train.evaluation.new_samples import read_samples
     from train.evaluation.tables import check_table_file
     from train.evaluation.trained_run import open_run, place_model, start_processes
@@ -43,12 +43,16 @@ def predict(request: argparse.Namespace) -> int:
     asked = find_several(os.environ)
     if asked is not None:
         raise UsageError(f"{asked}, but predictions are made by one process: leave the launcher out")
+    if request.top < 1:
+        raise UsageError(f"--top {request.top}: must be 1 or more")
     run = open_run(request.run, request.checkpoint)
     if run.kind == "stateful_lstm":
         raise UsageError(
             f"{run.path}: a stateful LSTM answers whole sequences, not single samples: python train/evaluate.py "
             f"{request.run} --dataset FILE.npy --predictions answers.csv"
         )
+    if request.top != 1 and run.kind == "reconstruct":
+        raise UsageError(f"--top {request.top}: is for classes, which this run has not; leave it out")
     output: Path | None = request.output
     if output is not None and run.kind == "reconstruct" and (output.exists() or not output.absolute().parent.is_dir()):
         raise UsageError(f"--output {output}: must be a new folder, in one that exists")
@@ -65,6 +69,7 @@ def predict(request: argparse.Namespace) -> int:
         answers = torch.cat([collect(answer, load_batches(run, part, runtime), runtime) for part in parts])
     except BadRowError as error:  # images are decoded when it is their turn
         raise DataError(f"{error}; replace it or leave it out") from error
+    check_answers(answers)
     if run.kind == "classify":
         tell_classes(run, names, answers, request.top, output)
     else:
@@ -152,7 +157,7 @@ def run() -> None:
     parser.add_argument("run", metavar="RUN", help="folder of the run")
     parser.add_argument("sources", metavar="FILE_OR_FOLDER", nargs="+", help="what to predict from")
     parser.add_argument("--checkpoint", metavar="WHICH", default="best", help="best (the default), latest or a step")
-    parser.add_argument("--top", type=int, choices=range(1, 1001), metavar="N", default=1, help="classes of a line")
+    parser.add_argument("--top", type=int, metavar="N", default=1, help="classes of a line")
     text = "write the probabilities of all classes: .csv, .parquet or .jsonl; of reconstructions, a new folder"
     parser.add_argument("--output", type=Path, help=text)
     leave_with(lambda: predict(parser.parse_args()), bad_input=DataError)

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 
 from train import classify, evaluate, predict, reconstruct, stateful_lstm
+from train.engine import session
 from train.evaluation import judging
+from train.evaluation import results as results_module
 from train.evaluation.pictures import draw_confusion_matrix
 from train.evaluation.tables import to_markdown
 
@@ -46,11 +48,13 @@ def write_people(path, count, seed=0, classes=CLASSES, header=("age", "town", "l
 
 
 def train(script, kind, folder, name, **settings):
-    """Train in this process; return the folder of the run."""
+    """Train in this process, without the pictures at the end, which take a second; return the folder of the run."""
     common = {"output_dir": str(folder), "run_name": name, "tracker": ("none",)}
     if script is not stateful_lstm:
         common["preflight"] = "off"
-    assert script.main(kind(**{**common, **settings})) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "draw_curves", lambda *_: None)
+        assert script.main(kind(**{**common, **settings})) == 0
     return folder / name
 
 
@@ -79,6 +83,18 @@ def people(folder):
     file = write_people(folder / "people.csv", 120)
     settings = {"dataset": str(file), "num_train_epochs": 20, "learning_rate": 1e-2, "categorical_columns": ("town",)}
     return train(classify, classify.ClassifySettings, folder, "table", **settings), file
+
+
+@pytest.fixture
+def drawn():
+    """Draw all pictures, which takes most of the time of an evaluation."""
+
+
+@pytest.fixture(autouse=True)
+def _few_pictures(request, monkeypatch):
+    if "drawn" not in request.fixturenames:
+        for name in ("draw_confusion_matrix", "draw_reliability"):
+            monkeypatch.setattr(results_module, name, lambda *_: None)
 
 
 @pytest.fixture
@@ -202,7 +218,7 @@ def test_many_classes_are_cut_to_the_worst(tmp_path):
 # ---- the run's own data ----------------------------------------------------------------------------------------------
 
 
-def test_the_average_of_the_weights_gives_what_training_said_of_it(pictures, results):
+def test_the_average_of_the_weights_gives_what_training_said_of_it(pictures, results, drawn):
     run, _ = pictures
     report, written = results(run)
     own = own_test(run)
@@ -371,6 +387,7 @@ def block_results(run):
         (lambda run: (run / "preprocessing.json").write_text("{"), [], "preprocessing.json: is damaged"),
         (lambda run: None, ["--predictions", "a.txt"], "must end in .csv or .parquet"),
         (lambda run: None, ["--predictions", "nowhere/a.csv"], "make the folder"),
+        (lambda run: None, ["--label_column", "label"], "named by --dataset; leave it out"),
         (lambda run: None, ["--dataset", "nowhere.csv"], "no such file or folder"),
         (block_results, [], "cannot be written (File exists)"),
     ],
@@ -492,6 +509,14 @@ def test_a_file_that_is_read_is_not_written_over(people, command):
     assert code == 2 and "one of the files to be read" in errors[0] and file.read_bytes() == before
 
 
+def test_a_line_has_one_class_or_more(people, command):
+    run, file = people
+    code, _, errors = command(predict, run, file, "--top", 0)
+    assert code == 2 and errors == ["error: --top 0: must be 1 or more"]
+    _, out, _ = command(predict, run, file, "--top", 9)
+    assert all(f" {name} " in out.splitlines()[0] for name in CLASSES)
+
+
 def test_texts_come_from_lines_files_and_stdin(folder, command, results, tmp_path, monkeypatch):
     data = folder / "reviews.csv"
     words = [("good film", "pos"), ("bad film", "neg")] * 40
@@ -559,6 +584,8 @@ def test_reconstructions_are_judged_as_in_training(results, command, tmp_path, p
     picture = np.asarray(Image.open(tmp_path / "new" / errors[4]["file"])) / 255
     original = np.asarray(Image.open(errors[4]["sample"])) / 255
     assert np.square(picture - original).mean() == pytest.approx(float(errors[4]["mse"]), rel=0.05)
+    code, _, messages = command(predict, run, data / "test", "--top", 3)
+    assert code == 2 and "is for classes" in messages[0]
     code, _, messages = command(predict, run, data / "test", "--output", tmp_path / "new")
     assert code == 2 and "must be a new folder" in messages[0]
 

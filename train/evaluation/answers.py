@@ -85,20 +85,23 @@ def reconstruct(
 
 @torch.no_grad()
 def collect(answer: Callable[[Batch], torch.Tensor], slots: Iterable[Slot], runtime: Runtime) -> torch.Tensor:
-    """Return the answers to all samples in their order, float32 [N, D] on the CPU, on every process.
-
-    Raises:
-        UsageError: the model answers something that is no finite number.
-    """
+    """Return the answers to all samples in their order, float32 [N, D] on the CPU, on every process."""
     mine = torch.cat([answer(slot.batch)[: slot.count].float().cpu() for slot in slots])
     counts = runtime.share(len(mine))
     # Processes exchange tensors of one shape.
     padded = torch.cat([mine, mine.new_zeros(max(counts) - len(mine), *mine.shape[1:])])
-    answers = torch.cat([part[:count] for part, count in zip(runtime.gather(padded), counts)])
+    return torch.cat([part[:count] for part, count in zip(runtime.gather(padded), counts)])
+
+
+def check_answers(answers: torch.Tensor) -> None:
+    """Refuse answers [N, D] of a model that is broken.
+
+    Raises:
+        UsageError: some are no finite numbers.
+    """
     wrong = (~answers.isfinite()).any(dim=1).nonzero()[:, 0]
     if len(wrong):
         raise UsageError(
             f"the model answers NaN or infinity to {len(wrong):,} of {len(answers):,} samples, first number "
             f"{int(wrong[0])}; look at its weights, or choose another checkpoint"
         )
-    return answers
