@@ -259,7 +259,12 @@ def main(arguments: Sequence[str]) -> int:
     files = find_files(folders)
     if not files:
         parser.error("there are no W&B runs below " + " ".join(map(str, folders)))
-    os.environ["WANDB_MODE"] = "online"
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ |= {"WANDB_MODE": "online", "WANDB_DIR": scratch}  # its logs, otherwise in this folder
+        return _sync_all(parser, files)
+
+
+def _sync_all(parser: argparse.ArgumentParser, files: Sequence[Path]) -> int:
     import wandb
 
     wandb.setup(wandb.Settings(silent=True))

@@ -38,11 +38,11 @@ def start(tracked, environment, *folders, **constants):
     """Start the script, with other values of some of its constants."""
     script = f"import sys, launch.wandb_sync as script; vars(script).update({constants}); "
     script += "sys.exit(script.main(sys.argv[1:]))"
-    command = ["-c", script] if constants else ["launch/wandb_sync.py"]
+    command = ["-c", script] if constants else [str(ROOT / "launch" / "wandb_sync.py")]
     hidden = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     return subprocess.Popen(
         [sys.executable, *command, *map(str, folders)],
-        cwd=ROOT,
+        cwd=tracked.home,
         env={**hidden, "PYTHONPATH": str(ROOT), "HOME": str(tracked.home), **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -56,6 +56,7 @@ def sync(tracked, environment, *folders, **constants):
     process = start(tracked, environment, *folders, **constants)
     output, _ = process.communicate(timeout=300)
     assert "Traceback" not in output, output
+    assert not (tracked.home / "wandb").exists()  # nothing is left where it was started
     return process.returncode, output
 
 

@@ -1,5 +1,6 @@
 """The queue between training and W&B."""
 
+import os
 import threading
 from types import SimpleNamespace
 
@@ -7,8 +8,9 @@ import pytest
 import wandb  # noqa: F401  # imported here, not by the thread against the clock
 
 from train.engine import wandb_tracker
+from train.engine.errors import UsageError
 from train.engine.settings import RunSettings
-from train.engine.wandb_tracker import WandbTracker
+from train.engine.wandb_tracker import WandbTracker, check_variables
 
 
 @pytest.fixture
@@ -65,3 +67,31 @@ def test_failure_is_raised_by_the_next_call(tracker):
         tracker.log({}, 2)
     with pytest.raises(RuntimeError, match="no such luck"):
         tracker.finish()
+
+
+# ---- variables of W&B ------------------------------------------------------------------------------------------------
+
+
+def test_variables_that_wandb_refuses_are_named_at_once(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "of")
+    monkeypatch.setenv("WANDB_BASE_URL", "garbage")
+    with pytest.raises(UsageError) as caught:
+        check_variables(RunSettings(wandb_project="a/b"))
+    problems = caught.value.problems
+    assert [problem.split(": W&B refuses it (")[0] for problem in sorted(problems)] == [
+        "--wandb_project a/b", "WANDB_BASE_URL=garbage", "WANDB_MODE=of",
+    ]  # fmt: skip
+    assert "'online', 'offline'" in str(problems) and "pydantic" not in str(problems)
+
+
+def test_empty_variable_counts_as_not_set(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "")
+    check_variables(RunSettings())
+    assert "WANDB_MODE" not in os.environ
+
+
+@pytest.mark.parametrize(("rank", "tracker"), [("1", ("wandb",)), ("0", ("none",))])
+def test_variables_are_not_looked_at_where_they_are_not_used(monkeypatch, rank, tracker):
+    monkeypatch.setenv("WANDB_MODE", "of")
+    monkeypatch.setenv("RANK", rank)
+    check_variables(RunSettings(tracker=tracker))

@@ -10,6 +10,7 @@ from typing import Any
 
 from train.comparison.run import Run, parse_time
 from train.engine.errors import UsageError
+from train.engine.wandb_service import drop_empty_variables
 
 INSPECT_SECONDS = 300
 ANSWER_SECONDS = 20  # of one request; W&B's own default is about as long
@@ -60,6 +61,7 @@ def read_online(source: str) -> Run:
     """
     import wandb
 
+    drop_empty_variables()
     try:
         wandb.setup(wandb.Settings(silent=True))
         if not wandb.login(prompt=False):

@@ -1,4 +1,4 @@
-"""The process of its own through which W&B talks, and for which Python waits at its exit (wandb 0.31)."""
+"""What has to be done around the package wandb (0.31): its variables, and the process of its own at the end."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ NAME = "wandb-core"
 EXIT_SECONDS = 12  # with what W&B gets to finish a run, less than 30
 
 
+def drop_empty_variables() -> None:
+    """Let empty variables of W&B count as not set; it refuses them."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        if not os.environ[name].strip():
+            del os.environ[name]
+
+
 def limit_exit(code: int) -> None:
     """Let this process leave with `code` if its exit, which is to follow, takes long; do nothing without W&B.
 
-    W&B waits without end for its process, which hung in about one of a hundred exits, with all work done.
+    W&B talks through a process of its own, for which Python waits without end at its exit. It hung in about one of a
+    hundred exits, with all work done.
     """
     if "wandb" not in sys.modules:
         return

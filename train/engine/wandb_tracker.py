@@ -25,6 +25,7 @@ from accelerate.tracking import GeneralTracker
 from train.engine.errors import UsageError
 from train.engine.run_directory import RunDirectory
 from train.engine.settings import RunSettings
+from train.engine.wandb_service import drop_empty_variables
 
 INIT_TIMEOUT_SECONDS = 20
 FINISH_TIMEOUT_SECONDS = 15
@@ -245,11 +246,9 @@ def check_variables(settings: RunSettings) -> None:
         return
     import wandb
 
+    drop_empty_variables()
     problems = []
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        if not os.environ[name].strip():
-            del os.environ[name]
-            continue
         try:
             wandb.Settings().update_from_env_vars({name: os.environ[name]})
         except Exception as error:  # of several kinds
