@@ -168,7 +168,7 @@ def test_full_disk(tracked, server, mode):
     if mounted.returncode:
         pytest.skip(f"this kernel or container mounts nothing: {mounted.stderr}")
     try:
-        fleet = tracked.start(server.environment(WANDB_MODE=mode), "--max_train_steps", 8)
+        fleet = tracked.start(server.environment(WANDB_MODE=mode), "--max_train_steps", 8, pictures=True)
         assert_ends_well(tracked, fleet, warnings=1)
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)

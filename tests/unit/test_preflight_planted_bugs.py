@@ -505,10 +505,10 @@ def test_the_network_without_a_bug_passes(tmp_path):
         assert {*statuses(report.findings).values()} <= {"pass", "skip"}, report.table()
 
 
-RECIPES = {  # with the number of seeds: a digit's network takes two seconds
+RECIPES = {  # with the number of seeds
     "digits": (6, {}),
     "blobs": (20, {}),
-    "wine": (20, {}),
+    "wine": (8, {}),
     "breast_cancer": (6, {}),
     "digits with augmentation": (6, {"augment": ("crop:1", "rotate:10", "scale:0.1", "cutout:2", "mixup:0.2")}),
 }
