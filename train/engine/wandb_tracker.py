@@ -109,10 +109,10 @@ class WandbTracker(GeneralTracker):
 
     def _choose_cache(self) -> None:
         """Let W&B keep its logs in the run where the home directory cannot be written, as in some containers."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         try:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
             (cache / "wandb").mkdir(parents=True, exist_ok=True)
-        except OSError:
+        except (OSError, RuntimeError):  # RuntimeError: there is no home directory
             os.environ["XDG_CACHE_HOME"] = str(self._directory.path / "wandb" / "cache")
 
     def _open(self, mode: str) -> None:
