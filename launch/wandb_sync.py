@@ -25,6 +25,7 @@ from typing import Any
 from launch.wandb_file import Fragment, read_fragment, write_rest
 
 ANSWER_SECONDS = 20
+RETRIES = 3  # of a question
 ARRIVAL_SECONDS = 60  # W&B shows what it took a little later
 UPLOAD_SECONDS = 900  # of one fragment, pictures included; wandb itself tries for hours
 LOOK_SECONDS = 10  # between two questions, in an upload, whether W&B is still there
@@ -60,14 +61,12 @@ class Service:
         Raises:
             ServiceLostError: it does not answer.
         """
-        from wandb.errors import CommError
-
         # Runs are remembered as they were.
         self._api.flush()
         try:
             run = self._api.run(f"{fragment.entity or self._user}/{fragment.project}/{fragment.run}")
             return int(run.lastHistoryStep), int(run._attrs["historyLineCount"])
-        except CommError as error:
+        except Exception as error:  # of many kinds
             if "Could not find run" in str(error):
                 return -1, 0
             raise ServiceLostError(f"W&B does not answer: {_one_line(error)}") from error
@@ -267,7 +266,8 @@ def main(arguments: Sequence[str]) -> int:
 def _sync_all(parser: argparse.ArgumentParser, files: Sequence[Path]) -> int:
     import wandb
 
-    wandb.setup(wandb.Settings(silent=True))
+    # Otherwise a question is repeated for minutes when the service is gone.
+    wandb.setup(wandb.Settings(silent=True, x_graphql_retry_max=RETRIES, x_graphql_retry_wait_max_seconds=2))
     try:
         has_key = wandb.login(prompt=False, verify=False)
     except Exception as error:  # a key that is none

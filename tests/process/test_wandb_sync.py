@@ -175,7 +175,8 @@ def test_upload_that_ends_early_says_so(offline, server, end):
         assert process.poll() is None
         time.sleep(0.1)
     if end == "service":
-        server.fault = "key"
+        server.fault = "gone"
+        server.close()
     else:
         process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
