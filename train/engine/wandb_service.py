@@ -23,8 +23,8 @@ def drop_empty_variables() -> None:
 def limit_exit(code: int) -> None:
     """Let this process leave with `code` if its exit, which is to follow, takes long; do nothing without W&B.
 
-    W&B talks through a process of its own, for which Python waits without end at its exit. It hung in about one of a
-    hundred exits, with all work done.
+    W&B talks through a process of its own, for which Python waits without end at its exit. In CI it hung once, with all
+    work done.
     """
     if "wandb" not in sys.modules:
         return
