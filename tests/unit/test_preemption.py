@@ -95,6 +95,17 @@ def test_at_once_does_not_wait_for_its_turn(start):
     assert [(one.agree(at_once=True), other.agree(at_once=True)) for _ in range(2)][1] == (Request.STOP, Request.STOP)
 
 
+def test_batches_of_an_evaluation_do_not_pass_for_fast_steps(start):
+    one, other = start(1.0, 1.0)
+    assert [(one.agree(), other.agree()) for _ in range(3)][0] == (Request.NOTHING, Request.NOTHING)
+    one.seconds = other.seconds = 0.001
+    for _ in range(5):
+        one.agree(at_once=True), other.agree(at_once=True)
+    one.seconds = other.seconds = 1.0
+    other.preemption.wish = Request.STOP
+    assert [(one.agree(), other.agree()) for _ in range(2)][1] == (Request.STOP, Request.STOP)
+
+
 def test_processes_that_slow_down_agree_at_each_step_again(start):
     one, other = start(0.001, 0.001)
     for _ in range(preemption.MOST_STEPS + 2):

@@ -75,7 +75,8 @@ class Preemption:
         With several processes the answer is one call old, so that nobody waits for it, and fast steps take turns.
 
         Args:
-            at_once: exchange at this call, however short the time since the latest exchange is.
+            at_once: exchange at this call, however short the time since the latest exchange is, and at the next one:
+                such calls are batches of an evaluation, whose time says nothing of how long a step takes.
         """
         if self._control is None:
             return self._take()
@@ -92,15 +93,15 @@ class Preemption:
             self._left -= 1
         self._steps += 1
         if self._left == 0 or at_once:
-            self._start()
+            now = time.monotonic()
+            steps = int(SECONDS_BETWEEN * self._steps / max(now - self._started, 1e-9))
+            self._steps, self._started = 0, now
+            self._start(1 if at_once else max(1, min(MOST_STEPS, steps)))
         return agreed
 
-    def _start(self) -> None:
-        """Start the maximum of what the processes wish; the slowest process decides when the next one is due."""
-        now = time.monotonic()
-        steps = SECONDS_BETWEEN * self._steps / max(now - self._started, 1e-9)
-        self._steps, self._started = 0, now
-        value = torch.tensor([int(self._take()), -max(1, min(MOST_STEPS, int(steps)))])
+    def _start(self, steps: int) -> None:
+        """Start the maximum of what the processes wish, and of when the next is due: the fewest steps win."""
+        value = torch.tensor([int(self._take()), -steps])
         work = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._control, async_op=True)
         assert work is not None
         self._pending = (work, value)
