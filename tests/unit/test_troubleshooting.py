@@ -83,7 +83,8 @@ def test_headings_are_unique():
 
 @pytest.mark.parametrize("name", SECTIONS)
 def test_checks_with_a_section_exist(name):
-    assert name in literals()
+    checks = [file for file in FILES if file.parent.name == "checks" and file.name != "report.py"]
+    assert any(f'"{name}"' in file.read_text(encoding="utf-8") for file in checks)
 
 
 @pytest.mark.parametrize("quoted", dict.fromkeys(quotations()))
@@ -97,7 +98,7 @@ def test_flags_in_the_guide_exist():
     assert set(re.findall(r"--([a-z][\w-]*)", TEXT)) <= known
 
 
-def test_a_failed_check_points_to_its_section(tmp_path):
+def test_a_failed_check_points_to_its_section():
     report = Report("full", (judge("step size", False, "1e-9", "1e-6 or more", ("raise it",)),), 0.5)
     assert see("loss-does-not-fall") in report.summary() and see("loss-does-not-fall") in report.markdown()
 
