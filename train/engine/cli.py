@@ -27,6 +27,8 @@ from train.engine.errors import (
     TrainingError,
     UsageError,
     is_of_exchange,
+    is_out_of_memory,
+    see,
 )
 from train.engine.settings import RunSettings, check_settings
 from train.engine.signals import StoppedEarlyError, hear_of_launcher_death, leave_on_signals
@@ -175,12 +177,14 @@ def leave_with(work: Callable[[], int], bad_input: type[Exception] = UsageError)
         if is_of_exchange(error):  # before training; the process that left has said why
             print(
                 f"error: rank {os.environ.get('RANK')} on {socket.gethostname()} waits for other processes in vain: "
-                f"see what they printed ({str(error).split('. ')[0]})",
+                f"see what they printed, or {see('a-process-hangs-or-is-lost')} ({str(error).split('. ')[0]})",
                 file=sys.stderr,
                 flush=True,
             )
         else:  # a defect: not swallowed but shown whole, so that every way out passes through sys.exit below
             traceback.print_exc()
+            if is_out_of_memory(error):
+                print(f"error: there is not enough memory; {see('out-of-memory')}", file=sys.stderr, flush=True)
     code = _hand_over(code)
     limit_exit(code)
     sys.exit(code)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+GUIDE = "docs/troubleshooting.md"
+
 EXIT_DONE = 0
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_PREFLIGHT = 3
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, checkpoint saved, run again to go on
 EXIT_INTERRUPTED = 130  # a second Ctrl-C, or one before training began
+
+
+def see(section: str) -> str:
+    """Return where the guide says more, for the end of a message; `section` is the anchor of a heading."""
+    return f"see {GUIDE}#{section}"
 
 
 class UsageError(ValueError):
@@ -24,6 +31,11 @@ class TrainingError(RuntimeError):
 
 class LostProcessError(TrainingError):
     """Other processes crashed, hang or cannot be reached. Every process that notices says so."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Say whether memory ran out, on a device or on the host, where torch (2.13) says so in the message only."""
+    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "DefaultCPUAllocator" in str(error)
 
 
 def is_of_exchange(error: Exception) -> bool:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from train.engine.errors import TrainingError
+from train.engine.errors import TrainingError, see
 from train.engine.state import Progress
 
 MOST_IN_A_ROW = 10
@@ -48,7 +48,8 @@ class Guard:
                     f"{line}. {progress.skipped_in_a_row} in a row. Usual causes, in this order: the learning rate is "
                     "too high; the input holds NaN or is not normalised; log or division by zero in the loss; fp16 "
                     "overflow. Weights and checkpoints are intact. Go on from the latest checkpoint with a lower "
-                    "--learning_rate (and --allow_changes learning_rate), or with --on_nonfinite skip"
+                    "--learning_rate (and --allow_changes learning_rate), or with --on_nonfinite skip; "
+                    f"{see('loss-is-nan-or-infinite')}"
                 )
             lines.append(line)
         return [] if self._silent else lines

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from train.engine.errors import LostProcessError, is_of_exchange
+from train.engine.errors import LostProcessError, is_of_exchange, see
 
 EVERY_SECONDS = 5.0
 ANSWER_SECONDS = 3.0
@@ -77,6 +77,6 @@ class Heartbeat:
                 raise
             raise LostProcessError(
                 f"rank {dist.get_rank()} on {socket.gethostname()} waits for other processes in vain; "
-                f"{self._describe_most_silent()}. Checkpoints are intact: run the same command again. "
-                f"({str(error).split('. ')[0]})"
+                f"{self._describe_most_silent()}. Checkpoints are intact: run the same command again; "
+                f"{see('a-process-hangs-or-is-lost')} ({str(error).split('. ')[0]})"
             ) from error

@@ -11,7 +11,7 @@ import torch
 
 from train.engine import checkpoint
 from train.engine.checkpoint import Checkpoint, DamagedCheckpointError
-from train.engine.errors import UsageError
+from train.engine.errors import UsageError, see
 from train.engine.run_directory import RunDirectory
 from train.engine.runtime import Runtime
 from train.engine.settings import RunSettings
@@ -41,7 +41,7 @@ def choose_checkpoint(settings: RunSettings, run: RunDirectory) -> tuple[Checkpo
         return None, []
     if wish in ("auto", "latest", "best"):
         found, damages = checkpoint.find_best(folder) if wish == "best" else checkpoint.find_newest(folder)
-        messages = [f"skipped a checkpoint: {damage}" for damage in damages]
+        messages = [f"skipped a checkpoint: {damage}; {see('a-run-does-not-resume')}" for damage in damages]
         if found is None and wish != "auto":
             raise UsageError([*messages, f"--resume {wish}: {run.path} has no valid checkpoint"])
         return found, messages
@@ -86,7 +86,8 @@ def compare_settings(settings: RunSettings, runtime: Runtime, data: dict[str, An
         lines = "\n  ".join(line for _, line in refused)
         raise UsageError(
             f"{found.path} was made with other settings, which change the result:\n  {lines}\n"
-            f"To go on all the same: --allow_changes {names}. To start anew: choose another --run_name"
+            f"To go on all the same: --allow_changes {names}. To start anew: choose another --run_name; "
+            f"{see('a-run-does-not-resume')}"
         )
     before, now = saved["environment"], environment(runtime)
     for name in ("num_threads", "device", "torch"):

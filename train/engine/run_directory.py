@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from train.engine import storage
-from train.engine.errors import UsageError
+from train.engine.errors import UsageError, see
 
 
 @dataclass
@@ -83,7 +83,8 @@ def _lock(run: RunDirectory) -> None:
         run._lock.seek(0)
         holder = run._lock.read().strip() or "another process"
         raise UsageError(
-            f"{run.path} is in use by {holder}; wait for it, stop it, or choose another --run_name"
+            f"{run.path} is in use by {holder}; wait for it, stop it, or choose another --run_name; "
+            f"{see('a-run-does-not-resume')}"
         ) from error
     run._lock.seek(0)
     run._lock.truncate()

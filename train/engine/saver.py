@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from train.engine.errors import TrainingError
+from train.engine.errors import TrainingError, see
 from train.engine.preemption import Preemption, Request
 from train.engine.resume import environment
 from train.engine.runtime import Runtime
@@ -91,7 +91,8 @@ class Saver:
             assert self._run is not None
             raise TrainingError(
                 f"cannot write to {self._run.metrics}: {self._tracker.error.strerror}. Checkpoints already there are "
-                "intact. Make room or mend the disk and run the same command again"
+                "intact. Make room or mend the disk and run the same command again; "
+                f"{see('the-disk-is-full')}"
             )
 
     def watch(self, preemption: Preemption) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from train.engine import checkpoint, storage
-from train.engine.errors import TrainingError
+from train.engine.errors import TrainingError, see
 from train.engine.tensors import Tensors
 
 
@@ -117,7 +117,8 @@ class CheckpointWriter:
             rest = f"the newest one is {checkpoint.step_name(steps[-1])}" if steps else "there is none yet"
             raise TrainingError(
                 f"cannot write a checkpoint to {self.folder}: {error}. Checkpoints already there are intact; {rest}. "
-                "Make room or mend the disk and run the same command again"
+                "Make room or mend the disk and run the same command again; "
+                f"{see('the-disk-is-full')}"
             ) from error
 
     def _copy(self, file: str, name: str, tensor: torch.Tensor) -> torch.Tensor:

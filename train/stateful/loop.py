@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from models.frequency_lstm import State
-from train.engine.errors import TrainingError, UsageError
+from train.engine.errors import TrainingError, UsageError, see
 from train.engine.preemption import Preemption, Request
 from train.engine.runtime import Runtime
 from train.engine.saver import Saver
@@ -112,7 +112,8 @@ class StatefulLoop:
                 f"update {progress.step + error.updates + 1}, from row {row} of the data on: the loss or a gradient is "
                 f"NaN or infinite (learning rate {rates[error.updates]:.3g}); not applied. The learning rate is too "
                 "high, or the data holds numbers far beyond 1: scale it. Start anew with another --run_name, or "
-                "go on from the latest checkpoint with a lower --learning_rate (and --allow_changes learning_rate)"
+                "go on from the latest checkpoint with a lower --learning_rate (and --allow_changes learning_rate); "
+                f"{see('loss-is-nan-or-infinite')}"
             ) from error
         progress.step += updates
         progress.sample = stop % self.num_samples

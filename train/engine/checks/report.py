@@ -11,9 +11,34 @@ from pathlib import Path
 from typing import Any
 
 from train.engine.checks.finding import Finding, Status
+from train.engine.errors import see
 from train.engine.storage import replace_file
 
 MARKS: dict[Status, str] = {"pass": "pass", "warn": "WARN", "fail": "FAIL", "skip": "skip"}
+# Sections of docs/troubleshooting.md on what a run would look like, by the check that finds it before.
+SECTIONS = {
+    "processes": "training-is-slow",
+    "disk space": "the-disk-is-full",
+    "inputs": "loss-is-nan-or-infinite",
+    "scale": "loss-does-not-fall",
+    "labels": "validation-is-no-better-than-chance",
+    "gradient flow": "loss-does-not-fall",
+    "gradient size": "loss-is-nan-or-infinite",
+    "evaluation repeats": "validation-is-no-better-than-chance",
+    "evaluation counts all": "validation-is-no-better-than-chance",
+    "overfit one batch": "one-batch-cannot-be-learned-by-heart",
+    "labels fit inputs": "validation-is-no-better-than-chance",
+    "augmentation keeps labels": "validation-is-no-better-than-chance",
+    "loss of a sample": "another-number-of-processes-gives-other-numbers",
+    "gradient of the loop": "another-number-of-processes-gives-other-numbers",
+    "step size": "loss-does-not-fall",
+    "step direction": "loss-does-not-fall",
+    "first steps": "loss-is-nan-or-infinite",
+    "weights updated": "loss-does-not-fall",
+    "speed": "training-is-slow",
+    "micro batch": "out-of-memory",
+    "learning rate": "loss-does-not-fall",
+}
 MOST_BARS = 60  # parameters in the picture: the last ones
 
 
@@ -71,6 +96,8 @@ class Report:
             if finding.causes:
                 lines += ["", f"## {finding.check}", "", "Likely causes, the likeliest first:", ""]
                 lines += [f"{place}. {cause}" for place, cause in enumerate(finding.causes, 1)]
+                if finding.check in SECTIONS:
+                    lines += ["", f"For more {see(SECTIONS[finding.check])}."]
         return "\n".join([*lines, ""])
 
     def as_dict(self) -> dict[str, Any]:
@@ -126,5 +153,6 @@ def _facts(finding: Finding) -> str:
 
 
 def _paragraph(finding: Finding) -> list[str]:
-    lines = [f"{MARKS[finding.status]} {finding.check}: {_facts(finding)}"]
+    more = f"; {see(SECTIONS[finding.check])}" if finding.check in SECTIONS else ""
+    lines = [f"{MARKS[finding.status]} {finding.check}: {_facts(finding)}{more}"]
     return lines + [f"  {place}. {cause}" for place, cause in enumerate(finding.causes, 1)]
