@@ -53,8 +53,8 @@ class ReconstructSettings(DataOptions, TrainSettings):
     """Above 0 the autoencoder is variational: weight of the divergence from a normal distribution, in nats."""
     augment: tuple[str, ...] = ()
     """Random changes of training images, such as: crop:4 flip rotate:10 scale:0.1."""
-    optimizer: Literal["adamw", "adam", "sgd"] = "adam"
-    """sgd is with Nesterov momentum 0.9."""
+    optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adam"
+    """sgd is with Nesterov momentum 0.9. muon is for hidden matrices, with adamw for all other parameters."""
     lr_scheduler: Literal["constant", "step", "linear", "cosine", "one_cycle", "plateau"] = "plateau"
     """Shape of the learning rate over the optimizer steps."""
     best_metric: str = "val/loss"

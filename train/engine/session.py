@@ -152,6 +152,10 @@ def prepare_state(settings: TrainSettings, runtime: Runtime, session: Session, m
         raise UsageError(
             "--reduction exact adds whole gradients, which no process has with FSDP or DeepSpeed: leave one out"
         )
+    if (sharded or deepspeed) and settings.optimizer == "muon":
+        raise UsageError(
+            "--optimizer muon works on whole matrices, which no process has with FSDP or DeepSpeed: use adamw"
+        )
     if settings.compile:
         model = torch.compile(model)  # type: ignore[assignment]
     zero = Zero(settings, accelerator, model) if deepspeed else None

@@ -155,10 +155,10 @@ class TrainSettings(ScheduleSettings):
     reduction: Literal["fast", "exact"] = "fast"
     """exact: gradients are summed in one fixed order, so that 1, 2, 4 and 8 processes with the same slots give the
     same bits; slots must be a power of two."""
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    """sgd is with Nesterov momentum 0.9."""
+    optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
+    """sgd is with Nesterov momentum 0.9. muon is for hidden matrices, with adamw for all other parameters."""
     weight_decay: float = 0.0
-    """Weight decay (decoupled for adamw)."""
+    """Weight decay of matrices and filters, not of biases and norms (decoupled for adamw and muon)."""
     ema_decay: float = 0.0
     """Decay of the running average of the weights; 0 switches it off."""
     best_metric: str = "val/accuracy"
