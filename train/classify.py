@@ -143,6 +143,7 @@ def main(settings: ClassifySettings) -> int:
     from data_modules.look import look_at_data
     from data_modules.training_loader import build_training_loader
     from train.engine import session as sessions
+    from train.engine.adaptation import adapt_model
     from train.engine.checks.subject import Subject
     from train.engine.evaluation import build_score
     from train.engine.randomness import seed_all
@@ -164,6 +165,7 @@ def main(settings: ClassifySettings) -> int:
     settings = dataclasses.replace(settings, run_name=run_name, model=model_name)
     seed_all(settings.seed)
     model = build_model(model_name, data.inputs, len(data.class_names))
+    adapt_model(settings, runtime, model)
 
     session = sessions.open_session(settings, runtime, data.describe())
     state = sessions.prepare_state(settings, runtime, session, model)

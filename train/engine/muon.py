@@ -48,7 +48,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def hidden_matrices(model: nn.Module) -> set[int]:
     """Return the ids of the parameters that are for Muon: trainable matrices, without embeddings and the output layer.
 
-    The output layer is the last weight of the model that is no embedding. Filters of convolutions have four dimensions and are no matrices.
+    The output layer is the last weight of the model that is no embedding. Filters of convolutions have four dimensions
+    and are no matrices.
 
     Raises:
         UsageError: there are none.

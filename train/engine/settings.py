@@ -77,6 +77,11 @@ class RunSettings:
         """Whether this start examines the run instead of training."""
         return False
 
+    @property
+    def origin(self) -> str | None:
+        """What the weights of a fresh run come from; None: they are random."""
+        return None
+
     def conditions(self) -> Iterator[tuple[bool, str, str]]:
         """Yield, for each rule, whether it holds, the setting, and what it must be."""
         yield self.log_every >= 1, "log_every", "1 or more"
@@ -159,6 +164,11 @@ class TrainSettings(ScheduleSettings):
     """sgd is with Nesterov momentum 0.9. muon is for hidden matrices, with adamw for all other parameters."""
     weight_decay: float = 0.0
     """Weight decay of matrices and filters, not of biases and norms (decoupled for adamw and muon)."""
+    init_from: str | None = None
+    """Start from the weights of a run's folder (its best ones), a checkpoint's folder or a .safetensors file. Those
+    whose names and shapes agree are taken, the others are listed."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameters that stay as they are, such as: 'features.*'."""
     ema_decay: float = 0.0
     """Decay of the running average of the weights; 0 switches it off."""
     best_metric: str = "val/accuracy"
@@ -201,6 +211,11 @@ class TrainSettings(ScheduleSettings):
     def only_preflight(self) -> bool:
         """Whether this start examines the run instead of training."""
         return self.preflight in ("full", "lr")
+
+    @property
+    def origin(self) -> str | None:
+        """What the weights of a fresh run come from; None: they are random."""
+        return self.init_from
 
     def conditions(self) -> Iterator[tuple[bool, str, str]]:
         """Yield, for each rule, whether it holds, the setting, and what it must be."""
