@@ -50,3 +50,15 @@ def test_a_pattern_that_freezes_nothing_is_refused_before_anything_is_written(cl
     refused = classify.start("run", "--freeze", "feature.*").wait()
     assert refused.code == 2 and "no parameter has such a name" in refused.output, refused.output
     assert not (classify.folder / "run").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_memory_options_are_exact_and_recomputing_may_be_switched(classify, processes):
+    """Blocks with dropout are computed twice in one run; in the other only after the kill."""
+    settings = [*FINE, 6, "--channels_last", "--micro_batch_size", 40]
+    again = "--gradient_checkpointing"
+    classify.run("straight", *settings, again, processes=processes, **QUICK)
+    classify.start("killed", *settings, processes=processes, faults=[("die_after", 5)]).wait()
+    finished = classify.run("killed", *settings, again, processes=processes, **QUICK)
+    assert "changed gradient_checkpointing: False in the checkpoint, True now" in finished.output
+    classify.assert_same("straight", "killed", 6)

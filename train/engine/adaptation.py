@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
 from train.engine.errors import UsageError
 from train.engine.freezing import freeze
 from train.engine.muon import hidden_matrices
+from train.engine.recompute import recompute_blocks
 from train.engine.runtime import Runtime
 from train.engine.settings import TrainSettings
 
 
 def adapt_model(settings: TrainSettings, runtime: Runtime, model: nn.Module) -> None:
-    """Freeze what is to be frozen, and refuse what this model or the launcher's wrapper cannot do.
+    """Freeze, lay out and cut a model as the settings say; refuse what it or the launcher's wrapper cannot do.
 
     Raises:
         UsageError: says what, and what to do instead.
@@ -23,6 +25,14 @@ def adapt_model(settings: TrainSettings, runtime: Runtime, model: nn.Module) -> 
         freeze(model, settings.freeze)
     if settings.optimizer == "muon":
         hidden_matrices(model)
+    if settings.channels_last:
+        if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+            raise UsageError(
+                f"--channels_last: is for convolutions of images, and {type(model).__name__} has none; leave it out"
+            )
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch 2.13's stub lacks it
+    if settings.gradient_checkpointing:
+        recompute_blocks(model)
 
 
 def _check_wrapper(settings: TrainSettings, runtime: Runtime) -> None:
@@ -37,4 +47,11 @@ def _check_wrapper(settings: TrainSettings, runtime: Runtime) -> None:
     if settings.optimizer == "muon":
         raise UsageError(
             "--optimizer muon works on whole matrices, which no process has with FSDP or DeepSpeed: use adamw"
+        )
+    if settings.channels_last:
+        raise UsageError("--channels_last: FSDP and DeepSpeed lay weights out by themselves: leave it out")
+    if settings.gradient_checkpointing and accelerator.is_fsdp2:
+        raise UsageError(
+            "--gradient_checkpointing: FSDP does it by its own rule: set fsdp_activation_checkpointing in the file of "
+            "launch/ instead"
         )

@@ -185,12 +185,20 @@ class TrainSettings(ScheduleSettings):
     """Processes that load samples; 0 holds the decoded data in memory."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    channels_last: bool = False
+    """Keep the weights of convolutions with their channels last, which GPUs with mixed precision like best."""
+    gradient_checkpointing: bool = False
+    """Compute blocks of convolutions again in the backward pass instead of keeping what they gave: less memory, more
+    time, the same bits."""
     collective_timeout_seconds: int = 1800
     """How long processes wait for each other in training until they give one of them up for lost."""
 
     neutral: ClassVar[frozenset[str]] = ScheduleSettings.neutral | frozenset(
-        ["checkpoint_format", "preflight", "micro_batch_size", "slots", "num_workers", "collective_timeout_seconds"]
-    )
+        [
+            "checkpoint_format", "preflight", "micro_batch_size", "slots", "num_workers",
+            "collective_timeout_seconds", "gradient_checkpointing",
+        ]
+    )  # fmt: skip
 
     @property
     def precision(self) -> str | None:
@@ -226,6 +234,8 @@ class TrainSettings(ScheduleSettings):
         for name in ("early_stopping_patience", "num_workers", "weight_decay", "early_stopping_min_delta"):
             yield 0 <= getattr(self, name) < float("inf"), name, "0 or more and finite"
         yield 0 <= self.ema_decay < 1, "ema_decay", "0 or more and below 1"
+        both = self.gradient_checkpointing and self.compile
+        yield not both, "gradient_checkpointing", "left out with compile, which decides by itself what to keep"
 
 
 @dataclass(frozen=True)
