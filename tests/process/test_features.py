@@ -1,5 +1,7 @@
 """Options of training, each exact after a kill on one and on two processes, or of no influence at all."""
 
+import gzip
+import json
 import shutil
 
 import pytest
@@ -62,3 +64,20 @@ def test_memory_options_are_exact_and_recomputing_may_be_switched(classify, proc
     finished = classify.run("killed", *settings, again, processes=processes, **QUICK)
     assert "changed gradient_checkpointing: False in the checkpoint, True now" in finished.output
     classify.assert_same("straight", "killed", 6)
+
+
+def test_a_profiled_run_has_the_same_bits(classify):
+    classify.run("plain", *FINE, 9, **QUICK)
+    finished = classify.run("profiled", *FINE, 9, "--profile", processes=1, **QUICK)
+    classify.assert_same("plain", "profiled", 9)
+    trace = json.loads(gzip.decompress((classify.folder / "profiled" / "profile" / "trace.json.gz").read_bytes()))
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert {f"ProfilerStep#{step}" for step in range(4, 8)} <= names
+    assert "ProfilerStep#3" not in names and "ProfilerStep#8" not in names
+    before, table = finished.output.split("calls a step   operation\n")
+    assert "trace.json.gz" in before
+    shares = [float(line.split("%")[0]) for line in table.splitlines()[:10]]
+    assert shares == sorted(shares, reverse=True) and 30 < sum(shares) <= 100
+    assert any("aten::" in line for line in table.splitlines()[:10])
+    short = classify.run("profiled", *FINE, 12, "--profile", **QUICK)
+    assert "nothing was profiled" in short.output

@@ -190,13 +190,15 @@ class TrainSettings(ScheduleSettings):
     gradient_checkpointing: bool = False
     """Compute blocks of convolutions again in the backward pass instead of keeping what they gave: less memory, more
     time, the same bits."""
+    profile: bool = False
+    """Profile a few steps: a trace in the run's folder, and a table of the ten dearest operations."""
     collective_timeout_seconds: int = 1800
     """How long processes wait for each other in training until they give one of them up for lost."""
 
     neutral: ClassVar[frozenset[str]] = ScheduleSettings.neutral | frozenset(
         [
             "checkpoint_format", "preflight", "micro_batch_size", "slots", "num_workers",
-            "collective_timeout_seconds", "gradient_checkpointing",
+            "collective_timeout_seconds", "gradient_checkpointing", "profile",
         ]
     )  # fmt: skip
 
@@ -234,6 +236,7 @@ class TrainSettings(ScheduleSettings):
         for name in ("early_stopping_patience", "num_workers", "weight_decay", "early_stopping_min_delta"):
             yield 0 <= getattr(self, name) < float("inf"), name, "0 or more and finite"
         yield 0 <= self.ema_decay < 1, "ema_decay", "0 or more and below 1"
+        yield not (self.profile and self.dry_run), "profile", "left out of a dry run, which takes one step"
         both = self.gradient_checkpointing and self.compile
         yield not both, "gradient_checkpointing", "left out with compile, which decides by itself what to keep"
 
