@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -26,18 +27,20 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help and refused flags ans
     from data_modules.stream import StreamLoader
     from train.engine.contract import Measure, Score, Task
 
-ModelName = Literal["mlp", "mnist_cnn", "simple_cnn", "fast_cnn", "simple_lstm"]
+MODELS = ("mlp", "mnist_cnn", "simple_cnn", "fast_cnn", "simple_lstm")
+LIBRARIES = {"timm": "timm", "hf": "transformers"}  # whose models are named timm:NAME and hf:NAME
 METRICS = ("loss", "accuracy")
 EVALUATION_BATCH = 512  # samples of one process; changes no result beyond the order of sums
-DEFAULT_MODELS: dict[str, ModelName] = {"image": "simple_cnn", "text": "simple_lstm", "table": "mlp", "points": "mlp"}
+DEFAULT_MODELS = {"image": "simple_cnn", "text": "simple_lstm", "table": "mlp", "points": "mlp"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifySettings(DataOptions, TrainSettings):
     """Settings of classification."""
 
-    model: ModelName | None = None
-    """Network to train. Default: simple_cnn for images, simple_lstm for text, mlp for tables and points."""
+    model: str | None = None
+    """Network to train: mlp, mnist_cnn, simple_cnn, fast_cnn or simple_lstm; timm:NAME or hf:NAME with those
+    libraries. Default: simple_cnn for images, simple_lstm for text, mlp for tables and points."""
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes, in training only."""
     augment: tuple[str, ...] = ()
@@ -49,6 +52,11 @@ class ClassifySettings(DataOptions, TrainSettings):
         """Yield, for each rule, whether it holds, the setting, and what it must be."""
         yield from TrainSettings.conditions(self)
         yield from DataOptions.conditions(self)
+        library, colon, name = (MODELS[0] if self.model is None else self.model).partition(":")
+        known = (library in MODELS and not colon) or (library in LIBRARIES and bool(name))
+        yield known, "model", f"one of {', '.join(MODELS)}, timm:NAME, hf:NAME"
+        missing = known and bool(colon) and importlib.util.find_spec(LIBRARIES[library]) is None
+        yield not missing, "model", "something else, or do: pip install '.[backbones]'"
         yield 0 <= self.label_smoothing < 1, "label_smoothing", "0 or more and below 1"
 
 
@@ -58,11 +66,14 @@ def build_model(name: str, inputs: InputSpec, num_classes: int) -> nn.Module:
     Raises:
         UsageError: the model cannot take such samples.
     """
+    from models.backbones import build_backbone
     from models.cnn import FastCNN, MnistCNN, SimpleCNN
     from models.lstm import SimpleLSTM
     from models.mlp import MLP
 
     try:
+        if ":" in name:
+            return build_backbone(name, inputs.task, inputs.shape, inputs.vocabulary_size, num_classes)
         if (name == "simple_lstm") != (inputs.task == "text"):
             raise ValueError(f"{name} does not take {inputs.task} samples; try {DEFAULT_MODELS[inputs.task]}")
         if name == "simple_lstm":
