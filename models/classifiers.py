@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from models.backbones import build_backbone
 from models.cnn import FastCNN, MnistCNN, SimpleCNN
 from models.lstm import SimpleLSTM
 from models.mlp import MLP
@@ -11,6 +12,7 @@ from models.mlp import MLP
 
 def build_classifier(
     name: str,
+    task: str,
     num_classes: int,
     shape: tuple[int, ...] = (),
     vocabulary_size: int = 0,
@@ -19,15 +21,18 @@ def build_classifier(
     """Build a model that gives a logit for each class.
 
     Args:
-        name: mlp, mnist_cnn, simple_cnn, fast_cnn or simple_lstm.
+        name: mlp, mnist_cnn, simple_cnn, fast_cnn or simple_lstm, timm:NAME or hf:NAME.
+        task: what the samples are: image, text, table or points.
         num_classes: logits of a sample.
         shape: of an image (C, H, W), or how many numbers a sample has (D,).
         vocabulary_size: token numbers of texts are below it.
         category_sizes: of each categorical column of a table.
 
     Raises:
-        ValueError: the model cannot take such samples.
+        ValueError: the model cannot take such samples, or its library is not to be had.
     """
+    if ":" in name:
+        return build_backbone(name, task, shape, vocabulary_size, num_classes)
     if name == "simple_lstm":
         return SimpleLSTM(vocabulary_size, num_classes)
     if name == "mlp":

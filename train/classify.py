@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -26,18 +27,20 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help and refused flags ans
     from data_modules.stream import StreamLoader
     from train.engine.contract import Measure, Score, Task
 
-ModelName = Literal["mlp", "mnist_cnn", "simple_cnn", "fast_cnn", "simple_lstm"]
+MODELS = ("mlp", "mnist_cnn", "simple_cnn", "fast_cnn", "simple_lstm")
+LIBRARIES = {"timm": "timm", "hf": "transformers"}  # whose models are named timm:NAME and hf:NAME
 METRICS = ("loss", "accuracy")
 EVALUATION_BATCH = 512  # samples of one process; changes no result beyond the order of sums
-DEFAULT_MODELS: dict[str, ModelName] = {"image": "simple_cnn", "text": "simple_lstm", "table": "mlp", "points": "mlp"}
+DEFAULT_MODELS = {"image": "simple_cnn", "text": "simple_lstm", "table": "mlp", "points": "mlp"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifySettings(DataOptions, TrainSettings):
     """Settings of classification."""
 
-    model: ModelName | None = None
-    """Network to train. Default: simple_cnn for images, simple_lstm for text, mlp for tables and points."""
+    model: str | None = None
+    """Network to train: mlp, mnist_cnn, simple_cnn, fast_cnn or simple_lstm; timm:NAME or hf:NAME with those
+    libraries. Default: simple_cnn for images, simple_lstm for text, mlp for tables and points."""
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes, in training only."""
     augment: tuple[str, ...] = ()
@@ -49,6 +52,11 @@ class ClassifySettings(DataOptions, TrainSettings):
         """Yield, for each rule, whether it holds, the setting, and what it must be."""
         yield from TrainSettings.conditions(self)
         yield from DataOptions.conditions(self)
+        library, colon, name = (MODELS[0] if self.model is None else self.model).partition(":")
+        known = (library in MODELS and not colon) or (library in LIBRARIES and bool(name))
+        yield known, "model", f"one of {', '.join(MODELS)}, timm:NAME, hf:NAME"
+        missing = known and bool(colon) and importlib.util.find_spec(LIBRARIES[library]) is None
+        yield not missing, "model", "something else, or do: pip install '.[backbones]'"
         yield 0 <= self.label_smoothing < 1, "label_smoothing", "0 or more and below 1"
 
 
@@ -61,9 +69,11 @@ def build_model(name: str, inputs: InputSpec, num_classes: int) -> nn.Module:
     from models.classifiers import build_classifier
 
     try:
-        if (name == "simple_lstm") != (inputs.task == "text"):
+        if ":" not in name and (name == "simple_lstm") != (inputs.task == "text"):
             raise ValueError(f"{name} does not take {inputs.task} samples; try {DEFAULT_MODELS[inputs.task]}")
-        return build_classifier(name, num_classes, inputs.shape, inputs.vocabulary_size, inputs.category_sizes)
+        return build_classifier(
+            name, inputs.task, num_classes, inputs.shape, inputs.vocabulary_size, inputs.category_sizes
+        )
     except ValueError as error:
         raise UsageError(f"--model: {error}") from error
 
@@ -141,6 +151,7 @@ def main(settings: ClassifySettings) -> int:
     from data_modules.look import look_at_data
     from data_modules.training_loader import build_training_loader
     from train.engine import session as sessions
+    from train.engine.adaptation import adapt_model
     from train.engine.checks.subject import Subject
     from train.engine.evaluation import build_score
     from train.engine.randomness import seed_all
@@ -163,6 +174,7 @@ def main(settings: ClassifySettings) -> int:
     settings = dataclasses.replace(settings, run_name=run_name, model=model_name)
     seed_all(settings.seed)
     model = build_model(model_name, data.inputs, len(data.class_names))
+    adapt_model(settings, runtime, model)
 
     session = sessions.open_session(settings, runtime, data.describe())
     state = sessions.prepare_state(settings, runtime, session, model)

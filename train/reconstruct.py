@@ -53,8 +53,8 @@ class ReconstructSettings(DataOptions, TrainSettings):
     """Above 0 the autoencoder is variational: weight of the divergence from a normal distribution, in nats."""
     augment: tuple[str, ...] = ()
     """Random changes of training images, such as: crop:4 flip rotate:10 scale:0.1."""
-    optimizer: Literal["adamw", "adam", "sgd"] = "adam"
-    """sgd is with Nesterov momentum 0.9."""
+    optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adam"
+    """sgd is with Nesterov momentum 0.9. muon is for hidden matrices, with adamw for all other parameters."""
     lr_scheduler: Literal["constant", "step", "linear", "cosine", "one_cycle", "plateau"] = "plateau"
     """Shape of the learning rate over the optimizer steps."""
     best_metric: str = "val/loss"
@@ -230,6 +230,7 @@ def main(settings: ReconstructSettings) -> int:
     from data_modules.look import look_at_data
     from data_modules.training_loader import build_training_loader
     from train.engine import session as sessions
+    from train.engine.adaptation import adapt_model
     from train.engine.checks.subject import Subject
     from train.engine.evaluation import build_score
     from train.engine.gallery import Gallery
@@ -250,6 +251,7 @@ def main(settings: ReconstructSettings) -> int:
     settings = dataclasses.replace(settings, run_name=run_name)
     seed_all(settings.seed)
     model = build_model(settings, data.inputs)
+    adapt_model(settings, runtime, model)
 
     session = sessions.open_session(settings, runtime, data.describe())
     state = sessions.prepare_state(settings, runtime, session, model)

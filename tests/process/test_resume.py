@@ -44,6 +44,7 @@ def test_killed_at_every_step(classify, processes):
         "--micro_batch_size 8",
         "--num_workers 1",
         "--optimizer sgd --lr_scheduler one_cycle",
+        "--optimizer muon --weight_decay 0.1 --class_balance weights --label_smoothing 0.1",
         "--mixed_precision bf16",
         "--lr_scheduler plateau --lr_patience 0 --eval_every 2",
         "--slots 4 --max_grad_norm 0.05",

@@ -25,6 +25,7 @@ from train.engine.evaluation import EvaluationStoppedError, add_up
 from train.engine.guard import Guard
 from train.engine.heartbeat import Heartbeat
 from train.engine.preemption import Preemption, Request
+from train.engine.profiling import profile_steps
 from train.engine.randomness import derive_seed, seed_torch
 from train.engine.reduction import ExactReduction, share_buffers
 from train.engine.runtime import Runtime
@@ -86,7 +87,8 @@ class Loop:
         progress.finished = progress.unlogged is None and (progress.step >= self.total_steps or stopped_early)
         self.state.model.train()
         first = True
-        with Preemption(self.runtime.control) as preemption, self._progress_bar() as bar:
+        profiling = profile_steps(self.settings, self.runtime, self.session.run)
+        with Preemption(self.runtime.control) as preemption, self._progress_bar() as bar, profiling as after_step:
             self.runtime.asked_to_stop = lambda: preemption.agree(at_once=True) >= Request.STOP
             request = Request.NOTHING
             if progress.unlogged is not None:
@@ -100,6 +102,7 @@ class Loop:
                         self.saver.reserve()
                         first = False
                     self.heartbeat.beat(progress.step)
+                    after_step()
                     request = preemption.agree()
                     request = self._between_steps(request, preemption, bar)
                     if progress.finished or request is Request.STOP:

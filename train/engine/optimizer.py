@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from train.engine.muon import MuonWithAdamW, hidden_matrices
 from train.engine.settings import TrainSettings
 from train.engine.tensors import Tensors, copy_into, parameter_names
 
@@ -23,18 +24,33 @@ def build_optimizer(settings: TrainSettings, model: nn.Module, *, sharded: bool 
     The fused kernels update all parameters in one call, and can leave them alone on the device's own decision, so
     that the check for NaN needs no waiting. Weight decay is for matrices and filters; biases and the scales of norms
     have none.
+
+    Raises:
+        UsageError: --optimizer muon, and the model has nothing for it.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    if settings.optimizer == "muon":
+        hidden = hidden_matrices(model)
+        matrices = _groups(settings, [parameter for parameter in trainable if id(parameter) in hidden])
+        others = _groups(settings, [parameter for parameter in trainable if id(parameter) not in hidden])
+        return MuonWithAdamW(matrices, others, settings.learning_rate)
+    groups = _groups(settings, trainable)
     if settings.optimizer == "sgd":
         fused = not sharded  # the fused kernel of SGD takes no DTensor (torch 2.13)
         return torch.optim.SGD(groups, settings.learning_rate, momentum=0.9, nesterov=True, fused=fused)
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, settings.learning_rate, fused=True)
+
+
+def _groups(settings: TrainSettings, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [parameter for parameter in parameters if parameter.ndim > 1],
+            "weight_decay": settings.weight_decay,
+        },
+        {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def capture_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[Tensors, dict[str, Any]]:
@@ -77,7 +93,10 @@ def restore_optimizer(
         raise ValueError(f"the checkpoint holds an optimizer {record['kind']}, this run uses {kind}")
     here = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
     if here != [group["params"] for group in record["groups"]]:
-        raise ValueError("the optimizer of the checkpoint has other parameters than the one of this run")
+        raise ValueError(
+            "the optimizer of the checkpoint has other parameters, or other groups of parameters, than the one of this "
+            "run. Its weights can be the start of another run: --init_from, with another --run_name"
+        )
     by_name: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {}
     for group, saved in zip(optimizer.param_groups, record["groups"]):
         for parameter in group["params"]:

@@ -12,6 +12,7 @@ import torch
 from train.engine import checkpoint
 from train.engine.checkpoint import Checkpoint, DamagedCheckpointError
 from train.engine.errors import UsageError, see
+from train.engine.initial import Origin, find_origin
 from train.engine.run_directory import RunDirectory
 from train.engine.runtime import Runtime
 from train.engine.settings import RunSettings
@@ -66,7 +67,9 @@ def compare_settings(settings: RunSettings, runtime: Runtime, data: dict[str, An
         "data": data["fingerprint"],
         "precision": runtime.accelerator.mixed_precision,
     }
-    old = {**saved["config"], "data": saved["data"]["fingerprint"], "precision": saved["precision"]}
+    # A setting that is newer than the checkpoint had its default.
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    old = {**defaults, **saved["config"], "data": saved["data"]["fingerprint"], "precision": saved["precision"]}
     hidden = {
         "config", "resume", "allow_changes", "run_name", "output_dir", "dry_run", "preflight", "dataset",
         "mixed_precision",
@@ -94,6 +97,30 @@ def compare_settings(settings: RunSettings, runtime: Runtime, data: dict[str, An
         if before[name] != now[name]:
             notes.append(f"changed {name}: {before[name]} in the checkpoint, {now[name]} now; the last bits may differ")
     return notes
+
+
+def choose_origin(settings: RunSettings, found: Checkpoint | None) -> Origin | None:
+    """Return what the run began with, or begins with; a checkpoint remembers it when the file is gone.
+
+    Raises:
+        UsageError: a fresh run cannot begin with it; or another file has taken its place since the run began, and the
+            user has not agreed.
+    """
+    record = None if found is None else found.record.get("origin")
+    saved = None if record is None else Origin(Path(record["path"]), record["part"], record["digest"])
+    try:
+        now = None if settings.origin is None else find_origin(settings.origin)
+    except UsageError:
+        if found is None:
+            raise
+        return saved
+    changed = saved is not None and now is not None and saved.digest != now.digest
+    if found is not None and changed and "init_from" not in settings.allow_changes:
+        raise UsageError(
+            f"{found.path} is of a run that began with other weights than --init_from {settings.origin} holds now. To "
+            "go on all the same: --allow_changes init_from. To start anew: choose another --run_name"
+        )
+    return now or saved
 
 
 def _plain(value: Any) -> Any:

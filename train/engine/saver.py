@@ -48,6 +48,7 @@ class Saver:
             "precision": runtime.accelerator.mixed_precision,
             "data": data,
             "environment": environment(runtime),
+            "origin": None if session.origin is None else {**asdict(session.origin), "path": str(session.origin.path)},
         }
         self._last_save = time.perf_counter()
         self._blocked_seconds = 0.0  # how long training stood still for the latest save

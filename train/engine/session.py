@@ -33,10 +33,11 @@ from train.engine.cli import settings_to_yaml
 from train.engine.contract import Score
 from train.engine.deepspeed import Zero
 from train.engine.errors import TrainingError, UsageError
+from train.engine.initial import Origin, initialise
 from train.engine.optimizer import build_optimizer
 from train.engine.plots import draw_curves
 from train.engine.provenance import record_start
-from train.engine.resume import choose_checkpoint, compare_settings
+from train.engine.resume import choose_checkpoint, choose_origin, compare_settings
 from train.engine.run_directory import RunDirectory, open_run
 from train.engine.runtime import Runtime
 from train.engine.settings import RunSettings, TrainSettings
@@ -70,6 +71,7 @@ class Session:
     run: RunDirectory | None  # None for a dry run; on other ranks than 0 it only names the paths
     found: Checkpoint | None  # where to go on from
     batching: Batching
+    origin: Origin | None = None  # of the weights that the run began with
 
 
 def check_output(settings: RunSettings) -> None:
@@ -104,14 +106,15 @@ def open_session(
             changed.
     """
     if settings.dry_run:
-        return Session(None, None, plan(settings, runtime.num_processes))
+        origin = runtime.on_main(lambda: choose_origin(settings, None))
+        return Session(None, None, plan(settings, runtime.num_processes), origin)
     assert settings.run_name is not None
     path = Path(settings.output_dir) / settings.run_name
     mine: list[RunDirectory] = []
 
-    def choose() -> tuple[Checkpoint | None, Batching, list[str]]:
+    def choose() -> tuple[Checkpoint | None, Batching, Origin | None, list[str]]:
         if settings.only_preflight:  # the run as it would start; its checkpoints stay as they are
-            batching = plan(settings, runtime.num_processes)
+            batching, origin = plan(settings, runtime.num_processes), choose_origin(settings, None)
             mine.append(open_run(path))
             notes = []
             if checkpoint.list_steps(mine[0].checkpoints):
@@ -121,39 +124,39 @@ def open_session(
                     notes += [] if found is None else compare_settings(settings, runtime, data, found)
                 except UsageError as error:
                     notes.append(f"training would be refused: {error}")
-            return None, batching, notes
+            return None, batching, origin, notes
         if not checkpoint.list_steps(path / "checkpoints"):  # refuse before a folder is made
             plan(settings, runtime.num_processes)
+            choose_origin(settings, None)
             if settings.resume in ("latest", "best"):
                 raise UsageError(f"--resume {settings.resume}: {path} has no checkpoint")
         mine.append(open_run(path))
         found, messages = choose_checkpoint(settings, mine[0])
         saved_slots = None
+        origin = choose_origin(settings, found)
         if found is not None:
             messages += compare_settings(settings, runtime, data, found)
             messages += [f"resuming {path} from step {found.step} ({found.path})"]
             saved_slots = found.record["progress"]["slots"]
-        return found, plan(settings, runtime.num_processes, saved_slots), messages
+        return found, plan(settings, runtime.num_processes, saved_slots), origin, messages
 
-    found, batching, messages = runtime.on_main(choose)
+    found, batching, origin, messages = runtime.on_main(choose)
     for message in messages:
         runtime.say(message)
-    return Session(mine[0] if mine else RunDirectory(path), found, batching)
+    return Session(mine[0] if mine else RunDirectory(path), found, batching, origin)
 
 
 def prepare_state(settings: TrainSettings, runtime: Runtime, session: Session, model: nn.Module) -> RunState:
     """Wrap the model for training, build its optimizer, and load the checkpoint into both.
 
     Raises:
-        UsageError: the checkpoint does not fit the model.
+        UsageError: the checkpoint, or what --init_from names, does not fit the model.
     """
     accelerator = runtime.accelerator
     sharded = accelerator.is_fsdp2
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    if (sharded or deepspeed) and settings.reduction == "exact":
-        raise UsageError(
-            "--reduction exact adds whole gradients, which no process has with FSDP or DeepSpeed: leave one out"
-        )
+    if session.found is None and session.origin is not None:
+        initialise(model, session.origin, runtime)
     if settings.compile:
         model = torch.compile(model)  # type: ignore[assignment]
     zero = Zero(settings, accelerator, model) if deepspeed else None
@@ -225,9 +228,11 @@ def show_inputs(
 def describe_start(runtime: Runtime, session: Session, model: nn.Module) -> str:
     """Return a line on what computes what."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    still = f" ({frozen:,} of them frozen)" if frozen else ""
     precision = runtime.accelerator.mixed_precision
     precision = "fp32" if precision == "no" else precision
-    return f"{parameters:,} parameters, {runtime.device}, {precision}, {session.batching}"
+    return f"{parameters:,} parameters{still}, {runtime.device}, {precision}, {session.batching}"
 
 
 def start_tracking(settings: RunSettings, runtime: Runtime, session: Session) -> Tracker:

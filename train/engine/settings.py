@@ -77,6 +77,11 @@ class RunSettings:
         """Whether this start examines the run instead of training."""
         return False
 
+    @property
+    def origin(self) -> str | None:
+        """What the weights of a fresh run come from; None: they are random."""
+        return None
+
     def conditions(self) -> Iterator[tuple[bool, str, str]]:
         """Yield, for each rule, whether it holds, the setting, and what it must be."""
         yield self.log_every >= 1, "log_every", "1 or more"
@@ -155,10 +160,15 @@ class TrainSettings(ScheduleSettings):
     reduction: Literal["fast", "exact"] = "fast"
     """exact: gradients are summed in one fixed order, so that 1, 2, 4 and 8 processes with the same slots give the
     same bits; slots must be a power of two."""
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    """sgd is with Nesterov momentum 0.9."""
+    optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
+    """sgd is with Nesterov momentum 0.9. muon is for hidden matrices, with adamw for all other parameters."""
     weight_decay: float = 0.0
-    """Weight decay (decoupled for adamw)."""
+    """Weight decay of matrices and filters, not of biases and norms (decoupled for adamw and muon)."""
+    init_from: str | None = None
+    """Start from the weights of a run's folder (its best ones), a checkpoint's folder or a .safetensors file. Those
+    whose names and shapes agree are taken, the others are listed."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameters that stay as they are, such as: 'features.*'."""
     ema_decay: float = 0.0
     """Decay of the running average of the weights; 0 switches it off."""
     best_metric: str = "val/accuracy"
@@ -175,12 +185,22 @@ class TrainSettings(ScheduleSettings):
     """Processes that load samples; 0 holds the decoded data in memory."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    channels_last: bool = False
+    """Keep the weights of convolutions with their channels last, which GPUs with mixed precision like best."""
+    gradient_checkpointing: bool = False
+    """Compute blocks of convolutions again in the backward pass instead of keeping what they gave: less memory, more
+    time, the same bits."""
+    profile: bool = False
+    """Profile a few steps: a trace in the run's folder, and a table of the ten dearest operations."""
     collective_timeout_seconds: int = 1800
     """How long processes wait for each other in training until they give one of them up for lost."""
 
     neutral: ClassVar[frozenset[str]] = ScheduleSettings.neutral | frozenset(
-        ["checkpoint_format", "preflight", "micro_batch_size", "slots", "num_workers", "collective_timeout_seconds"]
-    )
+        [
+            "checkpoint_format", "preflight", "micro_batch_size", "slots", "num_workers",
+            "collective_timeout_seconds", "gradient_checkpointing", "profile",
+        ]
+    )  # fmt: skip
 
     @property
     def precision(self) -> str | None:
@@ -202,6 +222,11 @@ class TrainSettings(ScheduleSettings):
         """Whether this start examines the run instead of training."""
         return self.preflight in ("full", "lr")
 
+    @property
+    def origin(self) -> str | None:
+        """What the weights of a fresh run come from; None: they are random."""
+        return self.init_from
+
     def conditions(self) -> Iterator[tuple[bool, str, str]]:
         """Yield, for each rule, whether it holds, the setting, and what it must be."""
         yield from super().conditions()
@@ -211,6 +236,9 @@ class TrainSettings(ScheduleSettings):
         for name in ("early_stopping_patience", "num_workers", "weight_decay", "early_stopping_min_delta"):
             yield 0 <= getattr(self, name) < float("inf"), name, "0 or more and finite"
         yield 0 <= self.ema_decay < 1, "ema_decay", "0 or more and below 1"
+        yield not (self.profile and self.dry_run), "profile", "left out of a dry run, which takes one step"
+        both = self.gradient_checkpointing and self.compile
+        yield not both, "gradient_checkpointing", "left out with compile, which decides by itself what to keep"
 
 
 @dataclass(frozen=True)

@@ -160,9 +160,12 @@ def _build_untrained(run: TrainedRun) -> nn.Module:
         from models.classifiers import build_classifier
 
         inputs, num_classes = run.inputs, len(run.class_names)
-        return build_classifier(
-            config["model"], num_classes, inputs.shape, inputs.vocabulary_size, inputs.category_sizes
-        )
+        try:
+            return build_classifier(
+                config["model"], inputs.task, num_classes, inputs.shape, inputs.vocabulary_size, inputs.category_sizes
+            )
+        except ValueError as error:  # of a library that is not on this machine
+            raise UsageError(f"{run.path}: {error}") from error
     if run.kind == "reconstruct":
         from models.autoencoder import ConvAutoencoder
 

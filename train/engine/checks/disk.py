@@ -21,7 +21,8 @@ from train.engine.tensors import named_tensors
 SIGHT_SECONDS = 3.0  # for a file to appear on other hosts: network file systems keep what they know of a folder a while
 SMALL_FILES = 50 * 2**20  # bytes, generously: metrics, pictures, state.json, generators, what a tracker keeps
 FILES_BESIDE = 20  # of a run, besides its checkpoints
-MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1}  # tensors that an optimizer keeps for each parameter
+# Tensors that an optimizer keeps for each parameter, at most.
+MOMENTS = {"adam": 2, "adamw": 2, "muon": 2, "sgd": 1}
 
 
 def check_folder(subject: Subject) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from statistics import median
 
 import torch
@@ -100,7 +101,12 @@ def check_optimizer(subject: Subject) -> Iterator[Finding]:
     held = {id(parameter) for group in subject.state.optimizer.param_groups for parameter in group["params"]}
     left_out = [name for name, parameter in named.items() if parameter.requires_grad and id(parameter) not in held]
     strangers = len(held - {id(parameter) for parameter in named.values()})
-    frozen = [name for name, parameter in named.items() if not parameter.requires_grad]
+    wanted = subject.settings.freeze  # these are no finding
+    frozen = [
+        name
+        for name, parameter in named.items()
+        if not parameter.requires_grad and not any(fnmatchcase(name, pattern) for pattern in wanted)
+    ]
     total = sum(parameter.numel() for parameter in named.values())
     share = sum(named[name].numel() for name in frozen) / max(total, 1)
     yield judge(
@@ -131,15 +137,16 @@ def check_optimizer(subject: Subject) -> Iterator[Finding]:
         ),
         shapes=hidden,
     )
+    asked = " but for what --freeze names" if wanted else ""
     # A frozen table of positions is common; most of a network that stands still is more often an accident.
     yield judge(
         "frozen parameters",
         not frozen,
-        f"{share:.0%} of the parameters are frozen: {listing(frozen)}" if frozen else "none",
-        "none",
+        f"{share:.0%} of the parameters are frozen: {listing(frozen)}" if frozen else f"none{asked}",
+        f"none{asked}",
         (
             "requires_grad was left off after loading or copying weights: model.requires_grad_(True)",
-            "you froze them on purpose: then all is well",
+            "you froze them on purpose: then all is well; --freeze does it without a finding",
         ),
         otherwise="fail" if share > 0.5 else "warn",
         frozen=frozen,

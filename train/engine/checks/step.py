@@ -21,6 +21,7 @@ from train.engine.checks.loop_gradient import (
 from train.engine.checks.probe import Taken, coming_batches, probe_loop, take_step
 from train.engine.checks.subject import Snapshot, Subject, batch_length, trial
 from train.engine.contract import GlobalBatch
+from train.engine.freezing import stays_in_evaluation
 from train.engine.loop import Loop
 from train.engine.tensors import Tensors, clean_name, full
 
@@ -225,7 +226,9 @@ def _averages(subject: Subject) -> Tensors:
     found = {
         f"{name}.running_mean": module.running_mean.clone()
         for name, module in subject.model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.running_mean is not None
+        and not stays_in_evaluation(module)
     }
     if subject.state.ema:
         found["the average of the weights"] = torch.cat(
