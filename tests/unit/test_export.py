@@ -1,8 +1,11 @@
 """train/export.py in this process: every kind of run, its preprocessing inside the graph, and what is refused."""
 
+import base64
 import dataclasses
 import json
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from tokenizers import Tokenizer
 from data_modules.options import DataOptions
 from tests.unit.test_evaluate import train, write_images, write_people
 from train import classify, export, reconstruct, stateful_lstm
+from train.engine.errors import UsageError
 from train.evaluation import formats as formats_module
 from train.evaluation.formats import FILES, FORMATS, open_format
 from train.evaluation.graph import build_graph
@@ -241,3 +245,67 @@ def test_data_that_are_gone_are_named(people, command):
     finally:
         moved.rename(file)
     assert code == 2 and "people.csv" in line
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on this machine; yields what it was asked, by method and path, and what it answers."""
+    asked, refused = [], []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+            asked.append((self.path, body))
+            if refused:
+                return self.reply(refused[0], {"error": "no such right"})
+            url = f"http://{self.headers['Host']}/me/wine"
+            if self.path.endswith("/preupload/main"):
+                files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+                return self.reply(200, {"files": [{**file, "shouldIgnore": False} for file in files]})
+            return self.reply(200, {"url": url, "commitUrl": f"{url}/commit/1", "commitOid": "1", "success": True})
+
+        def do_GET(self):
+            asked.append((self.path, ""))
+            self.reply(200, {"sha": "0", "id": "me/wine", "siblings": []})
+
+        def reply(self, code, values):
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(json.dumps(values).encode())
+
+        def log_message(self, *_):
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_of_this_test")
+    yield asked, refused
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_export_is_pushed_in_one_commit_to_a_private_repository(hub, tmp_path, capsys):
+    asked, _ = hub
+    for name in ("README.md", "model.safetensors"):
+        (tmp_path / name).write_text(f"this is {name}")
+    export.push(tmp_path, "me/wine")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("/me/wine/commit/1")
+    (created,) = [json.loads(body) for path, body in asked if path == "/api/repos/create"]
+    assert created["name"] == "wine" and created["organization"] == "me"
+    assert created.get("private", created.get("visibility")) in (True, "private")
+    (commit,) = [body for path, body in asked if path.endswith("/commit/main")]
+    lines = [json.loads(line)["value"] for line in commit.splitlines()]
+    files = {line["path"]: base64.b64decode(line["content"]).decode() for line in lines if "path" in line}
+    assert files == {name: f"this is {name}" for name in ("README.md", "model.safetensors")}
+
+
+def test_a_hub_that_refuses_is_one_message_and_the_export_stays(hub, tmp_path):
+    asked, refused = hub
+    refused.append(403)
+    (tmp_path / "README.md").write_text("card")
+    with pytest.raises(UsageError) as caught:
+        export.push(tmp_path, "me/wine")
+    (line,) = caught.value.problems
+    assert line.startswith("--push_to_hub me/wine: ") and str(tmp_path) in line and "403" in line
+    assert (tmp_path / "README.md").exists() and asked

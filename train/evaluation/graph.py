@@ -35,6 +35,9 @@ def _with_probabilities(logits: torch.Tensor) -> Answers:
 class _Normalized(nn.Module):
     """Stored uint8 pixels to standardised ones."""
 
+    factor: torch.Tensor  # [C, 1, 1]
+    shift: torch.Tensor
+
     def __init__(self, normalization: Normalization) -> None:
         super().__init__()
         mean, std = (torch.tensor(values, dtype=torch.float64) for values in (normalization.mean, normalization.std))
@@ -96,6 +99,10 @@ class TableGraph(nn.Module):
     Numbers are float64 for the reason that preprocessing has: large ones, such as years, lose digits in float32 before
     the mean is subtracted.
     """
+
+    mean: torch.Tensor  # [D]
+    std: torch.Tensor
+    flagged: torch.Tensor  # the columns that have an indicator
 
     def __init__(self, model: nn.Module, fitted: TablePreprocessing) -> None:
         super().__init__()
