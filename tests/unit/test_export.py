@@ -205,10 +205,26 @@ def test_tables_in_no_file_are_checked_with_their_raw_numbers(folder, name):
     run = open_run(str(classified(folder, name, name)), "best")
     _, samples = load_real_samples(run)
     graph = build_graph(run)
-    assert [len(one.inputs["numbers"]) for one in samples] == [1, 7, 56]
+    assert [len(one.inputs["numbers"]) for one in samples] == {"wine": [1, 7, 19], "breast_cancer": [1, 7, 56]}[name]
     assert max(float(one.inputs["numbers"].max()) for one in samples) > 100  # not standardised
     for one in samples:
         torch.testing.assert_close(graph.module(**one.inputs), one.expected)
+
+
+def test_rows_of_the_right_split_are_read_where_bad_ones_were_left_out(folder):
+    data = folder / "split"
+    data.mkdir()
+    for name, seed in (("train", 0), ("test", 1)):
+        file = write_people(data / f"{name}.csv", 60, seed=seed, header=("age", "label"))
+        lines = file.read_text().splitlines()
+        file.write_text("\n".join([lines[0], "inf,cat", *lines[1:5], "", "inf,dog", *lines[5:]]) + "\n")
+    for dataset, expected in ((data / "train.csv", "validation"), (data, "test")):
+        run = open_run(str(classified(folder, f"{expected}_rows", dataset, on_bad_sample="skip")), "best")
+        split, samples = load_real_samples(run)
+        assert split == expected
+        graph = build_graph(run)
+        for one in samples:
+            torch.testing.assert_close(graph.module(**one.inputs), one.expected)
 
 
 def test_answers_that_differ_are_refused_and_nothing_is_written(people, command, monkeypatch, tmp_path):

@@ -20,8 +20,7 @@ Format = Literal["onnx", "pt2"]
 FORMATS: tuple[Format, ...] = ("onnx", "pt2")
 FILES: dict[Format, str] = {"onnx": "model.onnx", "pt2": "model.pt2"}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# Largest difference of an answer, as a share of the largest one of its output or of 1. Measured: 2e-6 and less; a mean
-# or scale in float16 gives 3e-4.
+# Largest difference of an answer, as a share of the largest one of its output or of 1. Seen: 2e-6 and less.
 TOLERANCE = 1e-4
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from data_modules.cells import parse_numbers, read_column
 from data_modules.embedded_tables import BUNCHES, open_bunch
+from data_modules.load import choose_splits
 from data_modules.rows import Rows
 from data_modules.splits import Batch
 from data_modules.stream import hold
@@ -65,30 +66,29 @@ def _answer(run: TrainedRun, model: nn.Module, prepared: Batch) -> Answers:
 
 
 def _read_table(run: TrainedRun, part: Part, model: nn.Module) -> list[Sample]:
-    """Read the cells once more: the samples of a split are standardised already."""
-    rows, fitted = _open_table(run), fitted_table(run)
-    encoded = fitted.encode(rows)
-    good = rows.good()
+    """Read the cells of the split once more: its samples are standardised already."""
+    rows, fitted = _open_table(run, part), fitted_table(run)
     columns = [torch.tensor(parse_numbers(read_column(rows, column.name))[0]) for column in fitted.numbers]
     batches = []
-    for places in _split(len(good)):
-        chosen = good[places]
-        stored = encoded.gather(chosen)
+    for numbers in _split(len(part.split)):
+        stored = part.split.gather(numbers)
         inputs = {"categories": stored["categories"]} if fitted.categories else {}
         if columns:
-            inputs["numbers"] = torch.stack([column[chosen] for column in columns], dim=1)
+            inputs["numbers"] = torch.stack([column[part.numbers[numbers]] for column in columns], dim=1)
         prepared = part.data.prepare(dict(stored), torch.device("cpu"))
         batches.append(Sample(inputs, _answer(run, model, prepared)))
     return batches
 
 
-def _open_table(run: TrainedRun) -> Rows:
+def _open_table(run: TrainedRun, part: Part) -> Rows:
+    """Return the rows among which those of a split are."""
     options = dataclasses.replace(run.data_options, on_bad_sample="skip")
     if options.dataset in BUNCHES:
         return open_bunch(options.dataset)[0]
     opened = open_rows(run, options)
-    rows = opened.get("test") or opened.get("validation") or next(iter(opened.values()))
-    return hold(rows, sum(SIZES)) if options.streaming else rows
+    names = choose_splits(options.dataset, list(opened), options)
+    rows = opened[names.get(part.name, names["train"])]  # validation may be cut from the training split
+    return hold(rows) if options.streaming else rows
 
 
 def _cut_sequence(run: TrainedRun, model: nn.Module) -> tuple[str, list[Sample]]:
