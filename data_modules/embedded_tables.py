@@ -12,15 +12,15 @@ from data_modules.splits import DataModule, Split, fingerprint_tensors
 from data_modules.stratify import stratified_parts
 from data_modules.tables import fit_table
 
+BUNCHES = ("breast_cancer", "wine")
+
 
 def load_breast_cancer() -> DataModule:
     """Load 569 samples of breast tissue, 30 measurements of cell nuclei: malignant or benign, cut 70/15/15.
 
     Source: UCI "Breast Cancer Wisconsin (Diagnostic)" as shipped by scikit-learn.
     """
-    from sklearn.datasets import load_breast_cancer as load_bunch
-
-    return _cut_bunch("breast_cancer", load_bunch())
+    return _cut_bunch("breast_cancer")
 
 
 def load_wine() -> DataModule:
@@ -28,18 +28,24 @@ def load_wine() -> DataModule:
 
     Source: UCI "Wine" as shipped by scikit-learn.
     """
-    from sklearn.datasets import load_wine as load_bunch
-
-    return _cut_bunch("wine", load_bunch())
+    return _cut_bunch("wine")
 
 
-def _cut_bunch(name: str, bunch: Any) -> DataModule:
-    """Return a data set of scikit-learn, cut with equal class shares and standardised by its training part."""
+def open_bunch(name: str) -> tuple[Rows, Any]:
+    """Return the rows of one of BUNCHES as they are, and the bunch of scikit-learn, which has the labels."""
     import datasets
+    import sklearn.datasets
 
+    bunch = {"breast_cancer": sklearn.datasets.load_breast_cancer, "wine": sklearn.datasets.load_wine}[name]()
     columns = [str(column) for column in bunch.feature_names]
     data = datasets.Dataset.from_dict(dict(zip(columns, bunch.data.T)))
-    rows = Rows(name, data, lambda row: f"{name}, row {row}")
+    return Rows(name, data, lambda row: f"{name}, row {row}"), bunch
+
+
+def _cut_bunch(name: str) -> DataModule:
+    """Return a data set of scikit-learn, cut with equal class shares and standardised by its training part."""
+    rows, bunch = open_bunch(name)
+    columns = rows.data.column_names
     labels = torch.tensor(bunch.target, dtype=torch.int64)
     parts = stratified_parts(labels, (0.70, 0.15, 0.15), SPLIT_SEED)
     preprocessing, notes = fit_table(rows, parts[0], columns, ())

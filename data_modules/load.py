@@ -72,7 +72,7 @@ def load_data(options: DataOptions, *, labelled: bool = True) -> DataModule:
 def _load_source(options: DataOptions, labelled: bool) -> DataModule:
     source = options.dataset
     opened = open_source(options)
-    names = _choose_splits(source, list(opened), options)
+    names = choose_splits(source, list(opened), options)
     parts = {part: opened[name] for part, name in names.items()}
     whole_train = parts["train"]
     if options.streaming:
@@ -157,7 +157,7 @@ def _load_source(options: DataOptions, labelled: bool) -> DataModule:
     )
 
 
-def _choose_splits(source: str, present: list[str], options: DataOptions) -> dict[str, str]:
+def choose_splits(source: str, present: list[str], options: DataOptions) -> dict[str, str]:
     """Return which split of the source serves as train, validation and test."""
     chosen = {"train": options.train_split}
     validation = options.validation_split

@@ -36,6 +36,7 @@ class SimpleLSTM(nn.Module):
         # One direction: what lies behind a text never reaches its states. Packing would give the same answer 3 to 10
         # times slower (64 texts of like length, one CPU core, forward and backward), and wait for a GPU's lengths.
         states_BLH, _ = self.lstm(self.embedding(tokens_BL))
-        last_BH = states_BLH[torch.arange(len(tokens_BL), device=tokens_BL.device), lengths_B - 1]
+        # Not len(): to torch.export (2.13) that is the number of the example.
+        last_BH = states_BLH[torch.arange(tokens_BL.shape[0], device=tokens_BL.device), lengths_B - 1]
         logits: torch.Tensor = self.classifier(last_BH)
         return logits
