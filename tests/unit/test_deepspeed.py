@@ -15,7 +15,6 @@ from accelerate.utils import DistributedType
 from train.engine.deepspeed import check_deepspeed, check_installed
 from train.engine.errors import UsageError
 from train.engine.preflight import preflight
-from train.engine.session import prepare_state
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,10 +38,7 @@ def test_what_zero_cannot_do_here_is_refused_with_what_to_use_instead():
     check_deepspeed(accelerator(DeepSpeedPlugin(zero_stage=1), precision="bf16"))
 
 
-def test_what_needs_gradients_of_one_process_is_refused():
-    runtime = SimpleNamespace(accelerator=SimpleNamespace(**vars(accelerator(None)), is_fsdp2=False))
-    with pytest.raises(UsageError, match="--reduction exact"):
-        prepare_state(SimpleNamespace(reduction="exact"), runtime, None, None)
+def test_preflight_which_needs_gradients_of_one_process_is_refused():
     state = SimpleNamespace(zero=object())
     with pytest.raises(UsageError, match="--preflight"):
         preflight(SimpleNamespace(settings=None, runtime=None, session=None, state=state))
