@@ -50,17 +50,21 @@ def plan_batching(settings: TrainSettings, num_processes: int, saved_slots: int 
 
 def _cut(settings: TrainSettings, num_processes: int, saved_slots: int | None) -> Batching:
     size, slots = settings.batch_size, settings.slots
+    micro = settings.micro_batch_size
     if saved_slots is not None:
-        if saved_slots % num_processes == 0 and slots in (None, saved_slots):
+        same = slots in (None, saved_slots) and micro in (None, size // saved_slots)
+        if saved_slots % num_processes == 0 and same:
             return Batching(size, saved_slots, num_processes)
         if "slots" not in settings.allow_changes:
             raise UsageError(
-                f"the run was started with {saved_slots} slot(s), now there are {num_processes} processes"
-                + (f" and --slots {slots}" if slots else "")
+                f"the run was started with {saved_slots} slot(s), now there are {num_processes} process(es)"
+                + (f", --slots {slots}" if slots else "")
+                + (f", --micro_batch_size {micro}" if micro else "")
                 + ": samples, schedule and augmentation would stay the same, dropout masks would differ. Use a number "
-                f"of processes that divides {saved_slots}, or add --allow_changes slots"
+                f"of processes that divides {saved_slots}"
+                + ("" if same else f" and passes of {size // saved_slots} samples")
+                + ", or add --allow_changes slots"
             )
-    micro = settings.micro_batch_size
     if slots is None:
         slots = num_processes if micro is None else max(1, size // micro)
         unit = num_processes if micro is None else num_processes * micro
