@@ -171,7 +171,7 @@ def main(settings: ClassifySettings) -> int:
     run_name = settings.run_name or sessions.default_run_name(
         settings, ["classify", Path(settings.dataset).stem, model_name]
     )
-    settings = dataclasses.replace(settings, run_name=run_name, model=model_name)
+    settings = dataclasses.replace(settings, run_name=run_name, model=model_name, best_mode=settings.mode)
     seed_all(settings.seed)
     model = build_model(model_name, data.inputs, len(data.class_names))
     adapt_model(settings, runtime, model)

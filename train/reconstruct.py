@@ -59,8 +59,6 @@ class ReconstructSettings(DataOptions, TrainSettings):
     """Shape of the learning rate over the optimizer steps."""
     best_metric: str = "val/loss"
     """Evaluation metric that decides which checkpoint is best and when training stops early."""
-    best_mode: Literal["max", "min"] = "min"
-    """Whether higher or lower values of best_metric are better."""
     early_stopping_patience: int = 20
     """Evaluations without improvement before training ends; 0 switches early stopping off."""
 
@@ -248,7 +246,7 @@ def main(settings: ReconstructSettings) -> int:
         runtime.say(f"{settings.dataset}: {note}")
     settings = settle_on_loss(settings, data.inputs)
     run_name = settings.run_name or sessions.default_run_name(settings, ["reconstruct", Path(settings.dataset).stem])
-    settings = dataclasses.replace(settings, run_name=run_name)
+    settings = dataclasses.replace(settings, run_name=run_name, best_mode=settings.mode)
     seed_all(settings.seed)
     model = build_model(settings, data.inputs)
     adapt_model(settings, runtime, model)

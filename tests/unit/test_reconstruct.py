@@ -64,7 +64,7 @@ def test_defaults_are_those_that_autoencoders_are_promised():
     assert check_settings(defaults) == []
     assert (defaults.optimizer, defaults.lr_scheduler) == ("adam", "plateau")
     assert (defaults.lr_gamma, defaults.lr_patience, defaults.max_grad_norm) == (0.5, 10, 1.0)
-    assert (defaults.early_stopping_patience, defaults.best_metric, defaults.best_mode) == (20, "val/loss", "min")
+    assert (defaults.early_stopping_patience, defaults.best_metric, defaults.mode) == (20, "val/loss", "min")
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from train.comparison.run import HARMLESS, Run
 from train.engine.errors import UsageError
+from train.engine.settings import lower_is_better
 
 Mode = Literal["min", "max"]
 Point = tuple[int, float]  # step, value
 
-LOWER = re.compile(r"(ema_)?(.*_)?(loss|mse|mae|rmse|error|perplexity|kl)")
 SAMPLES_OF_A_STEP = {"batch_size", "window"}  # settings that say how many samples a step uses
 HIGHER = re.compile(r"(ema_)?(.*_)?(accuracy|psnr|ssim|f1|auc|precision|recall)")
 
@@ -86,7 +86,7 @@ def choose_mode(runs: Sequence[Run], metric: str, mode: Mode | None) -> Mode:
     if mode is not None:
         return mode
     word = metric.split("/")[1] if "/" in metric else metric
-    if LOWER.fullmatch(word):
+    if lower_is_better(metric):
         return "min"
     if HIGHER.fullmatch(word):
         return "max"

@@ -125,7 +125,7 @@ class Loop:
         sums: torch.Tensor | None = None
         of_slot_0: list[torch.Tensor] | None = None
         shared = bool(self.buffers) and self.session.batching.slots > 1
-        before = [buffer.clone() for buffer in self.buffers] if shared else []
+        before = [buffer.clone() for buffer in self.buffers]
         for position, slot in enumerate(batch.slots):
             if shared and position > 0:  # every slot sees the buffers of the step's start, as on any other process
                 torch._foreach_copy_(self.buffers, before)
@@ -140,7 +140,7 @@ class Loop:
             self.reduction.finish()
         if shared:
             share_buffers(self.buffers, of_slot_0, self.runtime.num_processes)
-        self._apply(sums)
+        self._apply(sums, before)
         progress.step += 1
         progress.sample += batch.size
         progress.samples_seen += batch.size
@@ -169,8 +169,8 @@ class Loop:
             self.reduction.add()
         return values
 
-    def _apply(self, sums: torch.Tensor) -> None:
-        """Clip the gradients and update the weights, unless anything is not finite."""
+    def _apply(self, sums: torch.Tensor, before: list[torch.Tensor]) -> None:
+        """Clip the gradients and update the weights, unless anything is not finite: then buffers are as `before`."""
         state, settings, zero = self.state, self.settings, self.state.zero
         norm = self._clip() if zero is None else zero.step()
         clipped = (norm > (settings.max_grad_norm or math.inf)).to(norm.dtype)
@@ -178,6 +178,9 @@ class Loop:
         finite = norm.isfinite()
         if zero is None:
             self._update(finite)
+        if not (self.on_cpu and finite):  # inputs that are not finite would stay in batch norm's averages for good
+            for buffer, value in zip(self.buffers, before):
+                buffer.copy_(torch.where(finite, buffer, value))
         if state.window is None:
             state.window = torch.zeros_like(part)
         state.window += torch.where(finite, part, torch.zeros_like(part))
@@ -315,7 +318,7 @@ class Loop:
             with averaged_weights(state, self.live):
                 values |= {f"val/ema_{name}": value for name, value in self.evaluate(state.model).items()}
         score = values[settings.best_metric]
-        sign = 1.0 if settings.best_mode == "min" else -1.0
+        sign = 1.0 if settings.mode == "min" else -1.0
         best = progress.best_value
         improved = not math.isnan(score) and (best is None or sign * score < sign * best)
         if improved:

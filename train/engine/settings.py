@@ -14,6 +14,13 @@ from typing import ClassVar, Literal
 
 from train.engine.errors import UsageError
 
+_LOWER = re.compile(r"(ema_)?(.*_)?(loss|mse|mae|rmse|error|perplexity|kl|divergence)")
+
+
+def lower_is_better(metric: str) -> bool:
+    """Say whether a metric is, by its name, one of those that fall as a model gets better."""
+    return _LOWER.fullmatch(metric.split("/")[1] if "/" in metric else metric) is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -173,8 +180,8 @@ class TrainSettings(ScheduleSettings):
     """Decay of the running average of the weights; 0 switches it off."""
     best_metric: str = "val/accuracy"
     """Evaluation metric that decides which checkpoint is best and when training stops early."""
-    best_mode: Literal["max", "min"] = "max"
-    """Whether higher or lower values of best_metric are better."""
+    best_mode: Literal["max", "min"] | None = None
+    """Whether higher or lower values of best_metric are better. Default: min for losses and errors, max for others."""
     early_stopping_patience: int = 0
     """Evaluations without improvement before training ends; 0 switches early stopping off."""
     early_stopping_min_delta: float = 0.0
@@ -226,6 +233,11 @@ class TrainSettings(ScheduleSettings):
     def origin(self) -> str | None:
         """What the weights of a fresh run come from; None: they are random."""
         return self.init_from
+
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """Whether higher or lower values of best_metric are better."""
+        return self.best_mode or ("min" if lower_is_better(self.best_metric) else "max")
 
     def conditions(self) -> Iterator[tuple[bool, str, str]]:
         """Yield, for each rule, whether it holds, the setting, and what it must be."""

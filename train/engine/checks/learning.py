@@ -241,7 +241,7 @@ def _train(subject: Subject, steps: int, batches: Iterable[Batch]) -> _Probe:
     values = _evaluate(subject, _held_out(subject))
     settings = subject.settings
     metric = values.get(settings.best_metric.removeprefix("val/").removeprefix("ema_"), values["loss"])
-    return _Probe(values["loss"], metric if settings.best_mode == "min" else -metric)
+    return _Probe(values["loss"], metric if settings.mode == "min" else -metric)
 
 
 def _own_batches(subject: Subject) -> Iterator[Batch]:
