@@ -91,7 +91,7 @@ class TextPreprocessing:
     def input_spec(self) -> InputSpec:
         """What a model must know: numbers are below `vocabulary_size`, padding and unknown included."""
         last = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
-        return InputSpec("text", vocabulary_size=last + 1 + self.shift)
+        return InputSpec("text", vocabulary_size=last + 1 + self.shift, max_length=self.max_length)
 
     def encode(self, rows: Rows) -> Texts:
         """Return the texts of the column. Rows without text are rejected and hold one UNKNOWN.

@@ -7,6 +7,7 @@ since parameters keep the names that they have there. Legend: B batch, L tokens 
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +16,25 @@ from torch import nn
 INSTALL = "pip install '.[backbones]'"
 
 
-def build_backbone(name: str, task: str, shape: tuple[int, ...], vocabulary_size: int, num_classes: int) -> nn.Module:
-    """Build what `timm:NAME` or `hf:NAME` names.
+def build_backbone(
+    name: str,
+    task: str,
+    num_classes: int,
+    shape: tuple[int, ...],
+    vocabulary_size: int,
+    max_length: int,
+    config: dict[str, Any] | None,
+) -> nn.Module:
+    """Build what `timm:NAME` or `hf:NAME` names, and see that it takes a sample.
 
     Args:
         name: of timm, a name that it lists; of hf, a hub id, a folder with config.json, or a kind such as bert.
         task: what the samples are, "image" or "text".
+        num_classes: logits of a sample.
         shape: of an image, (C, H, W).
         vocabulary_size: of a text, token numbers are below it and 0 is padding.
-        num_classes: logits of a sample.
+        max_length: texts have no more tokens.
+        config: of an hf model that was built before; takes the place of what NAME holds now.
 
     Raises:
         ValueError: there is no such model, it does not take such samples, or the library is not to be had.
@@ -33,11 +44,36 @@ def build_backbone(name: str, task: str, shape: tuple[int, ...], vocabulary_size
         raise ValueError(f"{name} does not take {task} samples")
     try:
         if library == "timm":
-            return _build_timm(wanted, shape, num_classes)
-        return _build_hf(wanted, task, shape, vocabulary_size, num_classes)
-    except (ImportError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{name} cannot be built ({reason}); if it is the library: {INSTALL}") from error
+            model = _build_timm(wanted, shape, num_classes)
+        else:
+            model = _build_hf(wanted, task, shape, vocabulary_size, num_classes, config)
+    except ImportError as error:
+        raise ValueError(f"{name} needs a library: {INSTALL} ({_first_line(error)})") from error
+    except (RuntimeError, OSError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{name} cannot be built ({_first_line(error)})") from error
+    if task == "text":
+        tokens_1L = torch.ones(1, max(1, max_length), dtype=torch.int64)
+        _try_sample(name, model, (tokens_1L, torch.tensor([len(tokens_1L[0])])), f"--max_length {max_length} tokens")
+    else:
+        _try_sample(name, model, (torch.zeros(1, *shape),), f"an image of shape {shape}")
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@torch.no_grad()
+def _try_sample(name: str, model: nn.Module, sample: tuple[torch.Tensor, ...], what: str) -> None:
+    """Let a model answer the largest sample, as the libraries say only then that it does not fit."""
+    training = model.training
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model.eval()(*sample)
+    except Exception as error:  # whatever the library raises
+        raise ValueError(f"{name} cannot take {what}: {_first_line(error)}") from error
+    finally:
+        model.train(training)
 
 
 def _build_timm(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -54,17 +90,36 @@ def _build_timm(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Modul
     return model
 
 
-def _build_hf(name: str, task: str, shape: tuple[int, ...], vocabulary_size: int, num_classes: int) -> nn.Module:
+def _build_hf(
+    name: str,
+    task: str,
+    shape: tuple[int, ...],
+    vocabulary_size: int,
+    num_classes: int,
+    saved: dict[str, Any] | None,
+) -> nn.Module:
     from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = AutoConfig.for_model(name) if name in CONFIG_MAPPING else AutoConfig.from_pretrained(name)
+    if saved is not None:
+        config = CONFIG_MAPPING[saved["model_type"]].from_dict(saved)
+    elif name in CONFIG_MAPPING:
+        config = AutoConfig.for_model(name)
+    elif Path(name).is_absolute() or name.startswith("."):
+        if not (Path(name) / "config.json").exists():
+            raise ValueError(f"hf:{name}: the folder is not there, or holds no config.json")
+        config = AutoConfig.from_pretrained(name)
+    else:
+        config = AutoConfig.from_pretrained(name)
+    kind = AutoModelForSequenceClassification if task == "text" else AutoModelForImageClassification
+    if type(config) not in kind._model_mapping:
+        raise ValueError(f"hf:{name}: {config.model_type} does not take {task} samples")
     config.num_labels = num_classes
     if task == "text":
         config.vocab_size, config.pad_token_id = vocabulary_size, 0
-        return _called_as_here(AutoModelForSequenceClassification.from_config(config), _forward_text)
+        return _called_as_here(kind.from_config(config), _forward_text)
     config.num_channels, config.image_size = shape[0], shape[1] if shape[1] == shape[2] else shape[1:]
-    return _called_as_here(AutoModelForImageClassification.from_config(config), _forward_images)
+    return _called_as_here(kind.from_config(config), _forward_images)
 
 
 def _called_as_here(model: nn.Module, forward: Any) -> nn.Module:

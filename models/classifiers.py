@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from models.backbones import build_backbone
@@ -16,7 +18,9 @@ def build_classifier(
     num_classes: int,
     shape: tuple[int, ...] = (),
     vocabulary_size: int = 0,
+    max_length: int = 0,
     category_sizes: tuple[int, ...] = (),
+    config: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Build a model that gives a logit for each class.
 
@@ -26,13 +30,15 @@ def build_classifier(
         num_classes: logits of a sample.
         shape: of an image (C, H, W), or how many numbers a sample has (D,).
         vocabulary_size: token numbers of texts are below it.
+        max_length: texts have no more tokens.
         category_sizes: of each categorical column of a table.
+        config: of an hf model that was built before, in plain values.
 
     Raises:
         ValueError: the model cannot take such samples, or its library is not to be had.
     """
     if ":" in name:
-        return build_backbone(name, task, shape, vocabulary_size, num_classes)
+        return build_backbone(name, task, num_classes, shape, vocabulary_size, max_length, config)
     if name == "simple_lstm":
         return SimpleLSTM(vocabulary_size, num_classes)
     if name == "mlp":

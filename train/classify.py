@@ -71,9 +71,7 @@ def build_model(name: str, inputs: InputSpec, num_classes: int) -> nn.Module:
     try:
         if ":" not in name and (name == "simple_lstm") != (inputs.task == "text"):
             raise ValueError(f"{name} does not take {inputs.task} samples; try {DEFAULT_MODELS[inputs.task]}")
-        return build_classifier(
-            name, inputs.task, num_classes, inputs.shape, inputs.vocabulary_size, inputs.category_sizes
-        )
+        return build_classifier(name, num_classes=num_classes, **vars(inputs))
     except ValueError as error:
         raise UsageError(f"--model: {error}") from error
 
@@ -176,7 +174,7 @@ def main(settings: ClassifySettings) -> int:
     model = build_model(model_name, data.inputs, len(data.class_names))
     adapt_model(settings, runtime, model)
 
-    session = sessions.open_session(settings, runtime, data.describe())
+    session = sessions.open_session(settings, runtime, data.describe(), model)
     state = sessions.prepare_state(settings, runtime, session, model)
     batching = session.batching
     place = {"rank": runtime.rank, "num_processes": runtime.num_processes}

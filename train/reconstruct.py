@@ -251,7 +251,7 @@ def main(settings: ReconstructSettings) -> int:
     model = build_model(settings, data.inputs)
     adapt_model(settings, runtime, model)
 
-    session = sessions.open_session(settings, runtime, data.describe())
+    session = sessions.open_session(settings, runtime, data.describe(), model)
     state = sessions.prepare_state(settings, runtime, session, model)
     place = {"rank": runtime.rank, "num_processes": runtime.num_processes}
     loader = build_training_loader(

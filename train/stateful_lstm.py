@@ -138,7 +138,7 @@ def main(settings: StatefulSettings) -> int:
     chosen, build_engine, reason = choose_engine(settings.engine, course)
     settings = dataclasses.replace(settings, run_name=run_name, engine=chosen)
 
-    session = sessions.open_session(settings, runtime, described, lambda *_: Batching(1, 1, 1))
+    session = sessions.open_session(settings, runtime, described, model, lambda *_: Batching(1, 1, 1))
     state = RunState(model, optimizer, Progress(slots=1))
     sessions.load_found(settings, runtime, session, state)
     tracker = sessions.start_tracking(settings, runtime, session)

@@ -4,8 +4,9 @@ import gzip
 import json
 import shutil
 
+import numpy as np
 import pytest
-from safetensors.numpy import load
+from safetensors.numpy import load, save_file
 
 from tests.process.test_resume import SETTINGS
 
@@ -48,10 +49,25 @@ def test_other_weights_under_the_same_name_are_noticed(classify):
     classify.run("run", *settings, 2, "--init_from", weights, "--allow_changes", "init_from", **QUICK)
 
 
-def test_a_pattern_that_freezes_nothing_is_refused_before_anything_is_written(classify):
-    refused = classify.start("run", "--freeze", "feature.*").wait()
-    assert refused.code == 2 and "no parameter has such a name" in refused.output, refused.output
-    assert not (classify.folder / "run").exists()
+def test_what_cannot_be_is_refused_before_anything_is_written(classify):
+    foreign = classify.folder / "foreign.safetensors"
+    save_file({"weight": np.zeros((2, 2), np.float32)}, foreign)
+    refusals = {
+        ("--freeze", "feature.*"): "no parameter has such a name",
+        ("--init_from", foreign): "none of its 1 tensors fits the model",
+    }
+    for flags, reason in refusals.items():
+        refused = classify.start("run", *flags).wait()
+        assert refused.code == 2 and reason in refused.output, refused.output
+        assert not (classify.folder / "run").exists()
+
+
+def test_a_parameter_without_gradient_is_named_where_processes_would_wait_for_it(classify):
+    settings = [*FINE, 4]
+    refused = classify.start("several", *settings, processes=2, faults=[("leave_unused",)]).wait()
+    assert refused.code == 2 and "no gradient reaches 1 of them" in refused.output, refused.output
+    assert "--freeze idle" in refused.output and "Traceback" not in refused.output
+    classify.run("several", *settings, "--freeze", "idle", processes=2, faults=[("leave_unused",), ("draw_nothing",)])
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -1,17 +1,20 @@
 """Models of timm and Transformers. Those that need the libraries are skipped without them."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
 
 from data_modules.splits import InputSpec
+from models.classifiers import build_classifier
 from train.classify import ClassifySettings, build_model
 from train.engine.errors import UsageError
+from train.engine.resume import describe_architecture
 from train.engine.settings import check_settings
 
 IMAGES = InputSpec("image", (1, 32, 32))
-TEXT = InputSpec("text", vocabulary_size=50)
+TEXT = InputSpec("text", vocabulary_size=50, max_length=10)
 
 
 def needs(library):
@@ -70,5 +73,44 @@ def test_transformers_take_images_and_texts_and_keep_their_names(small):
     tokens = torch.tensor([[5, 6, 7, 0, 0], [5, 6, 7, 8, 9]])
     short = model(tokens[:1, :3], torch.tensor([3]))
     torch.testing.assert_close(model(tokens, torch.tensor([3, 5]))[:1], short)  # padding says nothing
-    with pytest.raises(UsageError, match=r"cannot be built.*pip install"):
+    with pytest.raises(UsageError, match="cannot be built"):
         build_model("hf:nobody/nothing", IMAGES, 3)
+
+
+@needs("transformers")
+@pytest.mark.parametrize(
+    ("model", "inputs", "reason"),
+    [
+        ("vit", InputSpec("image", (1, 4, 4)), r"cannot take an image of shape \(1, 4, 4\)"),
+        ("bert", InputSpec("text", vocabulary_size=50, max_length=600), "cannot take --max_length 600 tokens"),
+        ("bert", IMAGES, "bert does not take image samples"),
+        ("vit", TEXT, "vit does not take text samples"),
+        ("gone", TEXT, "the folder is not there"),
+    ],
+)
+def test_samples_that_do_not_fit_are_refused_when_the_model_is_built(small, model, inputs, reason):
+    with pytest.raises(UsageError, match=reason):
+        build_model(f"hf:{small / model}", inputs, 3)
+
+
+@needs("transformers")
+@pytest.mark.parametrize("kind", ["deit", "levit"])
+def test_kinds_that_the_library_cannot_build_are_refused(kind):
+    with pytest.raises(UsageError, match=f"hf:{kind} cannot be built"):
+        build_model(f"hf:{kind}", IMAGES, 3)
+
+
+@needs("transformers")
+@pytest.mark.parametrize(("model", "inputs"), [("bert", TEXT), ("vit", IMAGES)])
+def test_a_model_can_be_built_again_without_its_folder(small, model, inputs):
+    """A checkpoint keeps the configuration: the file may be gone or others later."""
+    name = f"hf:{small / model}"
+    built = build_model(name, inputs, 3)
+    config = json.loads(json.dumps(describe_architecture(built)))
+    (small / model / "config.json").unlink()
+    again = build_classifier(name, num_classes=3, config=config, **vars(inputs))
+    assert describe_architecture(again) == config
+    shapes = [{key: value.shape for key, value in each.state_dict().items()} for each in (built, again)]
+    assert shapes[0] == shapes[1]
+    with pytest.raises(UsageError, match="the folder is not there"):
+        build_model(name, inputs, 3)

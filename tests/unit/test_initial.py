@@ -49,11 +49,11 @@ def test_tensors_that_agree_are_taken_and_all_others_listed(tmp_path):
         assert value.equal(there.state_dict()[name] if name in taken else before[name]), name
     assert runtime.said == [
         f"weights of {file}: 4 of the model's 8 tensors taken",
-        "  features.3.bias: (64,) here, (64,) of torch.int32 there: left as it was",
-        "  classifier.3.weight: (10, 128) here, (3, 128) there: left as it was",
-        "  classifier.3.bias: (10,) here, (3,) there: left as it was",
-        "  features.0.bias: (32,) here, not there: left as it was",
-        "  extra.weight: not here, (2, 3) there: not used",
+        "  features.3.bias: (64,) here, (64,) of torch.int32 there",
+        "  classifier.3.weight: (10, 128) here, (3, 128) there",
+        "  classifier.3.bias: (10,) here, (3,) there",
+        "  features.0.bias: (32,) here, not there",
+        "  extra.weight: not here, (2, 3) there",
     ]
 
 

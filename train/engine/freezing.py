@@ -1,4 +1,4 @@
-"""--freeze: parameters that stay as they are, by pattern of their names."""
+"""--freeze: parameters that stay as they are, by pattern of their names; and those that the loss cannot move."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from train.engine.errors import UsageError
+from train.engine.tensors import clean_name
 
 MOST_NAMES = 40  # in a message
 
@@ -56,3 +57,17 @@ def _keep_in_evaluation(module: nn.Module) -> None:
     module.eval()
     # The loop, evaluation and preflight switch whole models; this one layer does not follow.
     module.train = types.MethodType(lambda self, mode=True: self, module)  # type: ignore[method-assign]
+
+
+def refuse_unused(model: nn.Module) -> None:
+    """Name the trained parameters without a gradient; DistributedDataParallel fails one step later without a name.
+
+    Raises:
+        UsageError: always.
+    """
+    unused = [clean_name(name) for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    names = " ".join(unused[:MOST_NAMES])
+    raise UsageError(
+        "with several processes the loss must depend on each parameter that is trained, and no gradient reaches "
+        f"{len(unused)} of them. Take them out of the model, or out of training: --freeze {names}"
+    )

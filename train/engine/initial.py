@@ -75,6 +75,19 @@ def _digest(path: Path) -> str:
     return str(storage.checksum(path / "manifest.json" if path.is_dir() else path)["xxh3_128"])
 
 
+def find_fitting(model: nn.Module, origin: Origin) -> dict[str, torch.Tensor]:
+    """Return the saved tensors by clean name, of which at least one fits the model.
+
+    Raises:
+        UsageError: they cannot be read, or nothing in them fits.
+    """
+    saved, (live, _) = origin.load(), named_tensors(model)
+    if not any(name in saved and _fits(live[name], saved[name]) for name in live):
+        listed = "\n  ".join(_misfits(live, saved))
+        raise UsageError(f"--init_from {origin.path}: none of its {len(saved)} tensors fits the model:\n  {listed}")
+    return saved
+
+
 def initialise(model: nn.Module, origin: Origin, runtime: Runtime) -> None:
     """Copy the weights whose names and shapes agree into a model, and list the others on rank 0.
 
@@ -83,20 +96,18 @@ def initialise(model: nn.Module, origin: Origin, runtime: Runtime) -> None:
     """
     problem, saved = "", {}
     try:
-        saved = origin.load()
+        saved = find_fitting(model, origin)
     except UsageError as error:
         problem = str(error)
     if problems := [each for each in runtime.share(problem) if each]:
         raise UsageError(problems[0])
     live, _ = named_tensors(model)
     fitting = [name for name in live if name in saved and _fits(live[name], saved[name])]
-    lines = _misfits(live, saved)
-    if not fitting:
-        raise UsageError([f"--init_from {origin.path}: none of its {len(saved)} tensors fits the model:", *lines])
     for name in fitting:
         copy_into(live[name], saved[name])
-    runtime.say(f"weights of {origin.path}: {len(fitting)} of the model's {len(live)} tensors taken")
-    for line in lines:
+    averaged = " (averaged)" if origin.part == "ema" else ""
+    runtime.say(f"weights of {origin.path}{averaged}: {len(fitting)} of the model's {len(live)} tensors taken")
+    for line in _misfits(live, saved):
         runtime.say(f"  {line}")
 
 
@@ -106,12 +117,12 @@ def _fits(here: torch.Tensor, there: torch.Tensor) -> bool:
 
 def _misfits(live: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> list[str]:
     lines = [
-        f"{name}: {_describe(live[name])} here, {_describe(saved[name])} there: left as it was"
+        f"{name}: {_describe(live[name])} here, {_describe(saved[name])} there"
         for name in live
         if name in saved and not _fits(live[name], saved[name])
     ]
-    lines += [f"{name}: {_describe(live[name])} here, not there: left as it was" for name in live if name not in saved]
-    lines += [f"{name}: not here, {_describe(saved[name])} there: not used" for name in saved if name not in live]
+    lines += [f"{name}: {_describe(live[name])} here, not there" for name in live if name not in saved]
+    lines += [f"{name}: not here, {_describe(saved[name])} there" for name in saved if name not in live]
     if len(lines) > MOST_LINES:
         lines = [*lines[:MOST_LINES], f"and {len(lines) - MOST_LINES} more"]
     return lines

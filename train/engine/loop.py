@@ -22,6 +22,7 @@ from tqdm import tqdm
 from train.engine.averaging import averaged_weights, update_average
 from train.engine.contract import GlobalBatch, Loader, Measure, Score, Slot
 from train.engine.evaluation import EvaluationStoppedError, add_up
+from train.engine.freezing import refuse_unused
 from train.engine.guard import Guard
 from train.engine.heartbeat import Heartbeat
 from train.engine.preemption import Preemption, Request
@@ -196,6 +197,8 @@ class Loop:
         if self.state.scaler is not None:
             self.state.scaler.unscale_(self.state.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if len(gradients) < len(self.parameters) and isinstance(self.state.model, DistributedDataParallel):
+            refuse_unused(self.state.model.module)
         norm = nn.utils.get_total_norm(gradients)
         if self.settings.max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(self.parameters, self.settings.max_grad_norm, norm)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from train.engine import checkpoint
 from train.engine.checkpoint import Checkpoint, DamagedCheckpointError
@@ -16,6 +18,8 @@ from train.engine.initial import Origin, find_origin
 from train.engine.run_directory import RunDirectory
 from train.engine.runtime import Runtime
 from train.engine.settings import RunSettings
+
+_PARTS = ("model", "optimizer", "freeze")  # of which other ones have other tensors
 
 
 def environment(runtime: Runtime) -> dict[str, Any]:
@@ -55,7 +59,23 @@ def choose_checkpoint(settings: RunSettings, run: RunDirectory) -> tuple[Checkpo
         raise UsageError(f"--resume: {error}") from error
 
 
-def compare_settings(settings: RunSettings, runtime: Runtime, data: dict[str, Any], found: Checkpoint) -> list[str]:
+def describe_architecture(model: nn.Module) -> dict[str, Any] | None:
+    """Return the configuration that a model of Transformers carries, in plain values; None: settings say it all."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_json_string"):
+        return None
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    values.pop("transformers_version", None)
+    return values
+
+
+def compare_settings(
+    settings: RunSettings,
+    runtime: Runtime,
+    data: dict[str, Any],
+    architecture: dict[str, Any] | None,
+    found: Checkpoint,
+) -> list[str]:
     """Return notes on harmless differences between the checkpoint's settings and the new ones.
 
     Raises:
@@ -70,9 +90,12 @@ def compare_settings(settings: RunSettings, runtime: Runtime, data: dict[str, An
     # A setting that is newer than the checkpoint had its default.
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     old = {**defaults, **saved["config"], "data": saved["data"]["fingerprint"], "precision": saved["precision"]}
+    there, here = saved.get("architecture") or {}, architecture or {}
+    others = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+    old["architecture"], new["architecture"] = ({name: part.get(name) for name in others} for part in (there, here))
     hidden = {
         "config", "resume", "allow_changes", "run_name", "output_dir", "dry_run", "preflight", "dataset",
-        "mixed_precision",
+        "mixed_precision", "init_from",
     }  # fmt: skip
     notes, refused = [], []
     for name in sorted((old.keys() | new.keys()) - hidden):
@@ -87,9 +110,14 @@ def compare_settings(settings: RunSettings, runtime: Runtime, data: dict[str, An
     if refused:
         names = " ".join(name for name, _ in refused)
         lines = "\n  ".join(line for _, line in refused)
+        advice = f"To go on all the same: --allow_changes {names}. To start anew: choose another --run_name"
+        if parts := [name for name, _ in refused if name in _PARTS]:
+            advice = (
+                f"The {' and '.join(parts)} cannot be another one within a run. To start anew: choose another "
+                f"--run_name; with --init_from {found.path} it begins with these weights, as far as they fit"
+            )
         raise UsageError(
-            f"{found.path} was made with other settings, which change the result:\n  {lines}\n"
-            f"To go on all the same: --allow_changes {names}. To start anew: choose another --run_name; "
+            f"{found.path} was made with other settings, which change the result:\n  {lines}\n{advice}; "
             f"{see('a-run-does-not-resume')}"
         )
     before, now = saved["environment"], environment(runtime)
@@ -100,27 +128,31 @@ def compare_settings(settings: RunSettings, runtime: Runtime, data: dict[str, An
 
 
 def choose_origin(settings: RunSettings, found: Checkpoint | None) -> Origin | None:
-    """Return what the run began with, or begins with; a checkpoint remembers it when the file is gone.
+    """Return what the run began with, or begins with; a checkpoint remembers it, and the file may be gone.
 
     Raises:
-        UsageError: a fresh run cannot begin with it; or another file has taken its place since the run began, and the
-            user has not agreed.
+        UsageError: a fresh run cannot begin with it; or the run began with other weights, and the user has not agreed.
     """
-    record = None if found is None else found.record.get("origin")
+    if found is None:
+        return None if settings.origin is None else find_origin(settings.origin)
+    record = found.record.get("origin")
     saved = None if record is None else Origin(Path(record["path"]), record["part"], record["digest"])
+    if "init_from" in settings.allow_changes:
+        return saved
     try:
         now = None if settings.origin is None else find_origin(settings.origin)
     except UsageError:
-        if found is None:
+        if saved is None:
             raise
-        return saved
-    changed = saved is not None and now is not None and saved.digest != now.digest
-    if found is not None and changed and "init_from" not in settings.allow_changes:
+        now = saved
+    if (now and now.digest) != (saved and saved.digest):
+        began = "random ones" if saved is None else f"those of {saved.path}"
+        asked = "there is no --init_from" if settings.origin is None else f"--init_from {settings.origin} holds others"
         raise UsageError(
-            f"{found.path} is of a run that began with other weights than --init_from {settings.origin} holds now. To "
-            "go on all the same: --allow_changes init_from. To start anew: choose another --run_name"
+            f"{found.path} is of a run that began with other weights: {began}, and now {asked}. To go on all the same, "
+            "with the weights of the checkpoint: --allow_changes init_from. To start anew: choose another --run_name"
         )
-    return now or saved
+    return saved
 
 
 def _plain(value: Any) -> Any:

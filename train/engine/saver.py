@@ -49,6 +49,7 @@ class Saver:
             "data": data,
             "environment": environment(runtime),
             "origin": None if session.origin is None else {**asdict(session.origin), "path": str(session.origin.path)},
+            "architecture": session.architecture,
         }
         self._last_save = time.perf_counter()
         self._blocked_seconds = 0.0  # how long training stood still for the latest save

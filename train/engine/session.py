@@ -33,11 +33,11 @@ from train.engine.cli import settings_to_yaml
 from train.engine.contract import Score
 from train.engine.deepspeed import Zero
 from train.engine.errors import TrainingError, UsageError
-from train.engine.initial import Origin, initialise
+from train.engine.initial import Origin, find_fitting, initialise
 from train.engine.optimizer import build_optimizer
 from train.engine.plots import draw_curves
 from train.engine.provenance import record_start
-from train.engine.resume import choose_checkpoint, choose_origin, compare_settings
+from train.engine.resume import choose_checkpoint, choose_origin, compare_settings, describe_architecture
 from train.engine.run_directory import RunDirectory, open_run
 from train.engine.runtime import Runtime
 from train.engine.settings import RunSettings, TrainSettings
@@ -72,6 +72,7 @@ class Session:
     found: Checkpoint | None  # where to go on from
     batching: Batching
     origin: Origin | None = None  # of the weights that the run began with
+    architecture: dict[str, Any] | None = None  # of a model that carries its own
 
 
 def check_output(settings: RunSettings) -> None:
@@ -90,7 +91,11 @@ def check_output(settings: RunSettings) -> None:
 
 
 def open_session(
-    settings: RunSettings, runtime: Runtime, data: dict[str, Any], plan: Callable[..., Batching] = plan_batching
+    settings: RunSettings,
+    runtime: Runtime,
+    data: dict[str, Any],
+    model: nn.Module,
+    plan: Callable[..., Batching] = plan_batching,
 ) -> Session:
     """Open the run on rank 0, choose the checkpoint to resume, if any, and cut the batch; the same on all processes.
 
@@ -98,36 +103,43 @@ def open_session(
         settings: the run's.
         runtime: of this start.
         data: what a run must remember of its data, in plain values.
+        model: as it was built, on the CPU.
         plan: cuts the batch; takes the arguments of `plan_batching`.
 
     Raises:
         UsageError: on all processes: the folder cannot be written or is in use, the checkpoint asked for does not
-            exist or is damaged, settings that change the result differ, or the batch does not divide. Nothing was
-            changed.
+            exist or is damaged, settings that change the result differ, --init_from does not fit, or the batch does
+            not divide. Nothing was changed.
     """
+    architecture = describe_architecture(model)
+
+    def begin() -> tuple[Batching, Origin | None]:
+        origin = choose_origin(settings, None)
+        if origin is not None:
+            find_fitting(model, origin)
+        return plan(settings, runtime.num_processes), origin
+
     if settings.dry_run:
-        origin = runtime.on_main(lambda: choose_origin(settings, None))
-        return Session(None, None, plan(settings, runtime.num_processes), origin)
+        return Session(None, None, *runtime.on_main(begin), architecture)
     assert settings.run_name is not None
     path = Path(settings.output_dir) / settings.run_name
     mine: list[RunDirectory] = []
 
     def choose() -> tuple[Checkpoint | None, Batching, Origin | None, list[str]]:
         if settings.only_preflight:  # the run as it would start; its checkpoints stay as they are
-            batching, origin = plan(settings, runtime.num_processes), choose_origin(settings, None)
+            batching, origin = begin()
             mine.append(open_run(path))
             notes = []
             if checkpoint.list_steps(mine[0].checkpoints):
                 notes.append(f"{path} has checkpoints; a fresh start is examined, and they stay as they are")
                 found, _ = checkpoint.find_newest(mine[0].checkpoints)
                 try:
-                    notes += [] if found is None else compare_settings(settings, runtime, data, found)
+                    notes += [] if found is None else compare_settings(settings, runtime, data, architecture, found)
                 except UsageError as error:
                     notes.append(f"training would be refused: {error}")
             return None, batching, origin, notes
         if not checkpoint.list_steps(path / "checkpoints"):  # refuse before a folder is made
-            plan(settings, runtime.num_processes)
-            choose_origin(settings, None)
+            begin()
             if settings.resume in ("latest", "best"):
                 raise UsageError(f"--resume {settings.resume}: {path} has no checkpoint")
         mine.append(open_run(path))
@@ -135,7 +147,7 @@ def open_session(
         saved_slots = None
         origin = choose_origin(settings, found)
         if found is not None:
-            messages += compare_settings(settings, runtime, data, found)
+            messages += compare_settings(settings, runtime, data, architecture, found)
             messages += [f"resuming {path} from step {found.step} ({found.path})"]
             saved_slots = found.record["progress"]["slots"]
         return found, plan(settings, runtime.num_processes, saved_slots), origin, messages
@@ -143,7 +155,7 @@ def open_session(
     found, batching, origin, messages = runtime.on_main(choose)
     for message in messages:
         runtime.say(message)
-    return Session(mine[0] if mine else RunDirectory(path), found, batching, origin)
+    return Session(mine[0] if mine else RunDirectory(path), found, batching, origin, architecture)
 
 
 def prepare_state(settings: TrainSettings, runtime: Runtime, session: Session, model: nn.Module) -> RunState:

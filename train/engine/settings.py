@@ -100,9 +100,13 @@ class RunSettings:
         name = self.run_name
         plain = name is None or re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", name) is not None
         yield plain, "run_name", "a plain folder name of letters, digits and _ . + = -"
-        known = {field.name for field in fields(self)} | {"data", "precision"}
+        known = {field.name for field in fields(self)} | {"data", "precision", "architecture"}
         unknown = [name for name in self.allow_changes if name not in known]
-        yield not unknown, "allow_changes", f"names of settings, data or precision; there is no {' '.join(unknown)}"
+        yield (
+            not unknown,
+            "allow_changes",
+            f"names of settings, data, precision or architecture; there is no {' '.join(unknown)}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

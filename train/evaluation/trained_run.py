@@ -159,10 +159,10 @@ def _build_untrained(run: TrainedRun) -> nn.Module:
     if run.kind == "classify":
         from models.classifiers import build_classifier
 
-        inputs, num_classes = run.inputs, len(run.class_names)
+        architecture = run.checkpoint.record.get("architecture")
         try:
             return build_classifier(
-                config["model"], inputs.task, num_classes, inputs.shape, inputs.vocabulary_size, inputs.category_sizes
+                config["model"], num_classes=len(run.class_names), config=architecture, **vars(run.inputs)
             )
         except ValueError as error:  # of a library that is not on this machine
             raise UsageError(f"{run.path}: {error}") from error
