@@ -60,7 +60,7 @@ class InputSpec:
     task: Task
     shape: tuple[int, ...] = ()  # image (C, H, W); points (D,); table (number of numeric columns,)
     vocabulary_size: int = 0  # text: token numbers are below it, and 0 is padding
-    max_length: int = 0  # text: no sample has more tokens
+    max_length: int = 0  # text: no batch has more columns of tokens
     category_sizes: tuple[int, ...] = ()  # table: of each categorical column; 0 is "unknown"
 
     @property

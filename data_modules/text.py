@@ -29,6 +29,11 @@ CHUNK = 1000  # texts whose encodings, some 100 bytes a token, are held at once
 SHOWN = 100  # characters of a sample's text in the look before a run
 
 
+def round_up(length: int) -> int:
+    """Return the length of a batch whose longest text has so many tokens: torch.compile then sees fewer shapes."""
+    return -(-length // 8) * 8
+
+
 @dataclass(frozen=True)
 class Texts:
     """Token numbers of all texts, one behind the other."""
@@ -54,10 +59,10 @@ class Texts:
     def gather(self, indices: torch.Tensor) -> Batch:
         """Return the texts at int64 `indices` [B]: tokens [B, L], 0 behind a text's end, and lengths [B], both int64.
 
-        L is the longest text's length rounded up to a multiple of 8: torch.compile has fewer shapes to make code for.
+        L is the longest text's length, rounded up to a multiple of 8.
         """
         starts, lengths = self.offsets[indices], self.offsets[indices + 1] - self.offsets[indices]
-        places_L = torch.arange(-(-int(lengths.max()) // 8) * 8)
+        places_L = torch.arange(round_up(int(lengths.max())))
         padding_BL = places_L >= lengths[:, None]
         places_BL = (starts[:, None] + places_L).masked_fill_(padding_BL, 0)
         return {"tokens": self.tokens[places_BL].long().masked_fill_(padding_BL, PADDING), "lengths": lengths}
@@ -91,7 +96,7 @@ class TextPreprocessing:
     def input_spec(self) -> InputSpec:
         """What a model must know: numbers are below `vocabulary_size`, padding and unknown included."""
         last = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
-        return InputSpec("text", vocabulary_size=last + 1 + self.shift, max_length=self.max_length)
+        return InputSpec("text", vocabulary_size=last + 1 + self.shift, max_length=round_up(self.max_length))
 
     def encode(self, rows: Rows) -> Texts:
         """Return the texts of the column. Rows without text are rejected and hold one UNKNOWN.

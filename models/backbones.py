@@ -33,7 +33,7 @@ def build_backbone(
         num_classes: logits of a sample.
         shape: of an image, (C, H, W).
         vocabulary_size: of a text, token numbers are below it and 0 is padding.
-        max_length: texts have no more tokens.
+        max_length: batches of texts have no more columns.
         config: of an hf model that was built before; takes the place of what NAME holds now.
 
     Raises:
@@ -53,7 +53,9 @@ def build_backbone(
         raise ValueError(f"{name} cannot be built ({_first_line(error)})") from error
     if task == "text":
         tokens_1L = torch.ones(1, max(1, max_length), dtype=torch.int64)
-        _try_sample(name, model, (tokens_1L, torch.tensor([len(tokens_1L[0])])), f"--max_length {max_length} tokens")
+        _try_sample(
+            name, model, (tokens_1L, torch.tensor([len(tokens_1L[0])])), f"texts of {max_length} tokens (--max_length)"
+        )
     else:
         _try_sample(name, model, (torch.zeros(1, *shape),), f"an image of shape {shape}")
     return model

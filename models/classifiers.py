@@ -30,7 +30,7 @@ def build_classifier(
         num_classes: logits of a sample.
         shape: of an image (C, H, W), or how many numbers a sample has (D,).
         vocabulary_size: token numbers of texts are below it.
-        max_length: texts have no more tokens.
+        max_length: batches of texts have no more columns.
         category_sizes: of each categorical column of a table.
         config: of an hf model that was built before, in plain values.
 

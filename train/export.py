@@ -41,6 +41,8 @@ def export(request: argparse.Namespace) -> int:
         raise UsageError(f"{asked}, but an export is made by one process: leave the launcher out")
     formats = tuple(dict.fromkeys(request.format))
     check_packages(formats)
+    if request.push_to_hub is not None:
+        check_repository(request.push_to_hub)
     run = open_run(request.run, request.checkpoint)
     graph = build_graph(run)
     split, samples = load_real_samples(run)
@@ -92,21 +94,34 @@ def write_json(file: Path, values: object) -> None:
     file.write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
+def check_repository(name: str) -> None:
+    """Refuse a name that no repository of the hub can have.
+
+    Raises:
+        UsageError: says what is wrong with it.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UsageError(f"--push_to_hub {name}: {error}") from error
+
+
 def push(folder: Path, repository: str) -> None:
     """Upload the export as one commit; a repository that is not there is made, private.
 
     Raises:
         UsageError: the hub refuses or cannot be reached; the export stays.
     """
-    from httpx import HTTPError
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     api = HfApi()
     try:
         name = api.create_repo(repository, private=True, exist_ok=True).repo_id
         done = api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Export of {folder.name}")
-    except (HfHubHTTPError, HTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+    except Exception as error:  # of the hub's client, of its HTTP library, of the system
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"--push_to_hub {repository}: {reason}; the export is in {folder}. Look at the name and at `hf auth whoami`"

@@ -82,7 +82,7 @@ def test_transformers_take_images_and_texts_and_keep_their_names(small):
     ("model", "inputs", "reason"),
     [
         ("vit", InputSpec("image", (1, 4, 4)), r"cannot take an image of shape \(1, 4, 4\)"),
-        ("bert", InputSpec("text", vocabulary_size=50, max_length=600), "cannot take --max_length 600 tokens"),
+        ("bert", InputSpec("text", vocabulary_size=50, max_length=600), "cannot take texts of 600 tokens"),
         ("bert", IMAGES, "bert does not take image samples"),
         ("vit", TEXT, "vit does not take text samples"),
         ("gone", TEXT, "the folder is not there"),

@@ -180,6 +180,22 @@ def test_an_autoencoder_takes_pixels_and_gives_them_in_0_to_1(folder, command):
     assert_both_answer(written, {"images": images}, (build_model(open_run(str(run), "best"))(images / 255),))
 
 
+def test_a_model_of_transformers_takes_texts_up_to_the_length_it_was_trained_for(folder, texts, command):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    transformers.BertConfig(**sizes, max_position_embeddings=32).save_pretrained(folder / "bert")
+    name = f"hf:{folder / 'bert'}"
+    run = classified(folder, "hf", folder / "texts.csv", model=name, max_length=20)
+    (folder / "bert" / "config.json").unlink()  # the checkpoint keeps it
+    written, _ = exported(command, run)
+    model = build_model(open_run(str(run), "best"))
+    for length in (2, 24):
+        inputs = {"tokens": torch.randint(2, 9, (3, length)), "lengths": torch.tensor([1, 2, length])}
+        assert_both_answer(written, inputs, with_probabilities(model(*inputs.values())))
+    card = (written / "README.md").read_text()
+    assert "up to a length of 2 to 24" in card and '"tokens": np.ones([1, 2], np.int64)' in card
+
+
 def test_a_stateful_lstm_gives_its_state_back(folder, command):
     chance = np.random.default_rng(0)
     np.save(folder / "sequence.npy", chance.normal(size=(90, 4)))
@@ -300,6 +316,17 @@ def hub(monkeypatch):
     yield asked, refused
     server.shutdown()
     server.server_close()
+
+
+def test_a_hub_that_cannot_be_reached_is_one_message(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(UsageError, match=r"--push_to_hub me/wine: .*refused.*the export is in"):
+        export.push(tmp_path, "me/wine")
+
+
+def test_a_name_that_no_repository_can_have_is_refused_before_the_export(digits, command):
+    code, out, (line,) = command(digits, "--push_to_hub", "a/b/c")
+    assert (code, out) == (2, []) and "--push_to_hub a/b/c: Repo id" in line
 
 
 def test_an_export_is_pushed_in_one_commit_to_a_private_repository(hub, tmp_path, capsys):

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from data_modules.csv_files import MISSING
+from train.engine.errors import UsageError
 from train.evaluation.formats import FILES, TOLERANCE, Format
 from train.evaluation.graph import Graph, fitted_table, normalization_of
 from train.evaluation.trained_run import TrainedRun
@@ -60,7 +62,10 @@ def _find_scores(run: TrainedRun) -> dict[str, Any]:
     if progress.get("metrics_step") == run.checkpoint.step:
         scores.update(progress["metrics"])
     for file in sorted(run.path.glob(f"evaluation/*-{run.checkpoint.path.name}*/evaluation.json")):
-        report = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            report = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{file}: is damaged ({error}); delete it, or run evaluate.py again") from error
         told = report.get("metrics", {})
         scores.update({f"{file.parent.name}/{name}": entry["value"] for name, entry in told.items()})
     return scores
@@ -82,7 +87,7 @@ def write_card(run: TrainedRun, config: dict[str, Any]) -> str:
     inputs = [f"| `{name}` | {one['dtype']} | [{shapes[name]}] |" for name, one in config["inputs"].items()]
     scores = [f"| {name} | {value:.6g} |" for name, value in config["scores"].items()]
     checks = [f"| `{FILES[kind]}` | {value:.2g} |" for kind, value in config["check"]["difference"].items()]
-    data = config["data"]
+    data, classes = config["data"], ", ".join(f"`{name}`" for name in run.class_names)
     lines = [
         "---",
         "library_name: pytorch",
@@ -104,7 +109,7 @@ def write_card(run: TrainedRun, config: dict[str, Any]) -> str:
         "",
         f"Outputs, float32: {', '.join(f'`{name}`' for name in config['outputs'])}. {_explain(run)}",
         "",
-        *([f"Classes, in the order of the outputs: {', '.join(run.class_names)}.", ""] if run.class_names else []),
+        *([f"Classes, in the order of the outputs: {classes}.", ""] if classes else []),
         *_tell_columns(config["columns"]),
         "## How to load",
         "",
@@ -145,24 +150,33 @@ def _explain(run: TrainedRun) -> str:
         if fitted is None:
             return text + "Light on dark, as the scans that it was trained on."
         decoder = fitted["decoder"]
-        resized = "scale the shorter side, bilinear, and crop the centre" if decoder["resize"] else "of that size"
+        size = (decoder["width"], decoder["height"])
+        resized = f"`PIL.ImageOps.fit(image, {size}, Image.Resampling.BILINEAR)`" if decoder["resize"] else "as it is"
         return text + (
-            f"Outside: decode to {decoder['mode']}, upright by EXIF, transparent parts white, "
-            f"{decoder['height']} x {decoder['width']}: {resized}."
+            f"Outside: decode to {decoder['mode']} (of 16 bits the high 8), upright by EXIF, transparent parts white, "
+            f"width and height {size}: {resized}."
         )
     if task == "text":
         fitted = run.preprocessing["fitted"]
         return (
             "Outside: `tokenizer.json`, read by the library `tokenizers`; cut to "
-            f"{fitted['max_length']} tokens; add {fitted['shift']} to its numbers; 0 behind a text, up to any length; "
+            f"{fitted['max_length']} tokens; add {fitted['shift']} to its numbers; {_explain_length(run)}; "
             "a text without a token is the one number 1. `lengths` are without the 0s."
         )
     if task == "table":
         return (
             "Numbers are raw, NaN where one is missing, and finite else; they are filled, flagged and standardised "
-            "inside."
+            "inside. In text files cells that hold one of "
+            f"{', '.join(f'`{cell}`' for cell in MISSING if cell)} or nothing are missing, and spaces around values do "
+            "not count."
         )
     return "Points are taken as they are."
+
+
+def _explain_length(run: TrainedRun) -> str:
+    if ":" in run.config["model"]:
+        return f"0 behind a text, up to a length of 2 to {run.inputs.max_length}"
+    return "0 behind a text, up to any length"
 
 
 def _tell_columns(columns: dict[str, Any]) -> list[str]:
@@ -178,7 +192,7 @@ def _tell_columns(columns: dict[str, Any]) -> list[str]:
 def _show_loading(config: dict[str, Any]) -> list[str]:
     made = []
     for name, one in config["inputs"].items():
-        shape = [1 if isinstance(size, str) else size for size in one["shape"]]
+        shape = [{"batch": 1, "length": 2}.get(size, size) for size in one["shape"]]
         make = "ones" if name in ("tokens", "lengths") else "zeros"
         made.append(f'    "{name}": np.{make}({shape}, np.{one["dtype"]}),')
     lines = ["```python", "import numpy as np", "", "inputs = {", *made, "}"]

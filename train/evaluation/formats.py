@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -53,24 +54,36 @@ def _quiet() -> Iterator[None]:
 
 
 def write_formats(graph: Graph, formats: tuple[Format, ...], folder: Path) -> None:
-    """Write the files of the formats into a folder."""
+    """Write the files of the formats into a folder.
+
+    Raises:
+        UsageError: torch cannot export the model.
+        OSError: a file cannot be written.
+    """
     # The plain way makes a constant of an LSTM's number of steps.
     from torch.export._patches import register_lstm_while_loop_decomposition
 
-    sizes = {name: torch.export.Dim(name, min=1) for part in graph.dynamic.values() for name in part.values()}
+    sizes = {"batch": torch.export.Dim("batch", min=1)}
+    sizes["length"] = torch.export.Dim("length", min=graph.lengths[0], max=graph.lengths[1])
     shapes = {name: {place: sizes[size] for place, size in graph.dynamic[name].items()} for name in graph.examples}
-    with _quiet(), register_lstm_while_loop_decomposition():
-        program = torch.export.export(graph.module, (), graph.examples, dynamic_shapes=shapes)
-        if "pt2" in formats:
-            torch.export.save(program, folder / FILES["pt2"])
-        if "onnx" in formats:
-            torch.onnx.export(
-                program,
-                f=folder / FILES["onnx"],
-                output_names=list(graph.outputs),
-                external_data=False,
-                verbose=False,
-            )
+    content: dict[Format, bytes] = {}
+    try:
+        with _quiet(), register_lstm_while_loop_decomposition():
+            program = torch.export.export(graph.module, (), graph.examples, dynamic_shapes=shapes)
+            # Through memory: torch's (2.13) writer aborts the process when a disk is full.
+            if "pt2" in formats:
+                torch.export.save(program, buffer := io.BytesIO())
+                content["pt2"] = buffer.getvalue()
+            if "onnx" in formats:
+                exported = torch.onnx.export(program, output_names=list(graph.outputs), verbose=False)
+                assert exported is not None
+                content["onnx"] = exported.model_proto.SerializeToString()
+    except Exception as error:  # of many kinds, from deep inside of torch
+        raise UsageError(
+            f"this model cannot be exported by torch {torch.__version__}: {str(error).strip().splitlines()[0]}"
+        ) from error
+    for kind, data in content.items():
+        (folder / FILES[kind]).write_bytes(data)
 
 
 def open_format(file: Path) -> Callable[[dict[str, torch.Tensor]], Answers]:

@@ -3,7 +3,7 @@ T tokens or time steps, D columns of numbers, K columns of categories, F input c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Graph:
     examples: dict[str, torch.Tensor]  # by the names of the inputs; sizes that vary are 2 or more
     dynamic: dict[str, dict[int, str]]  # the names of the sizes that vary, by input and dimension
     outputs: tuple[str, ...]
+    lengths: tuple[int, int | None] = (1, None)  # least and most of the size "length"
 
 
 def _with_probabilities(logits: torch.Tensor) -> Answers:
@@ -165,7 +166,10 @@ def build_graph(run: TrainedRun) -> Graph:
         return _freeze(kind(model, normalization_of(run)), {"images": images}, {"images": batch}, outputs)
     if run.inputs.task == "text":
         examples = {"tokens": torch.ones(2, 8, dtype=torch.int64), "lengths": torch.full((2,), 8)}
-        return _freeze(TextGraph(model), examples, {"tokens": {0: "batch", 1: "length"}, "lengths": batch}, CLASSES)
+        dynamic = {"tokens": {0: "batch", 1: "length"}, "lengths": batch}
+        graph = _freeze(TextGraph(model), examples, dynamic, CLASSES)
+        # A model of Transformers has positions up to a bound, and torch.export (2.13) makes a case apart of one token.
+        return graph if ":" not in run.config["model"] else replace(graph, lengths=(2, run.inputs.max_length))
     if run.inputs.task == "points":
         return _freeze(PointGraph(model), {"points": torch.zeros(2, *run.inputs.shape)}, {"points": batch}, CLASSES)
     fitted = fitted_table(run)
