@@ -47,8 +47,8 @@ class Guard:
                 raise TrainingError(
                     f"{line}. {progress.skipped_in_a_row} in a row. Usual causes, in this order: the learning rate is "
                     "too high; the input holds NaN or is not normalised; log or division by zero in the loss; fp16 "
-                    "overflow. Weights and checkpoints are intact. Go on from the latest checkpoint with a lower "
-                    "--learning_rate (and --allow_changes learning_rate), or with --on_nonfinite skip; "
+                    "overflow. Weights and checkpoints are intact. Go on with a lower --learning_rate (where there is "
+                    "a checkpoint, also --allow_changes learning_rate), or with --on_nonfinite skip; "
                     f"{see('loss-is-nan-or-infinite')}"
                 )
             lines.append(line)

@@ -38,8 +38,8 @@ def recompute_blocks(model: nn.Module) -> None:
                 found = True
     if not found:
         raise UsageError(
-            f"--gradient_checkpointing: is for convolutions in a row, and {type(model).__name__} has none; leave it "
-            "out. A smaller --micro_batch_size saves memory with any model"
+            "--gradient_checkpointing: is for two or more convolutions in one nn.Sequential, and "
+            f"{type(model).__name__} has none; leave it out. A smaller --micro_batch_size saves memory with any model"
         )
 
 

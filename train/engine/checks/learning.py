@@ -156,7 +156,7 @@ def check_learning(subject: Subject) -> Iterator[Finding]:
             leaked, floor = _loss_of_shuffled(subject)
             lead = subject.runtime.broadcast(true.better_than(shuffled))  # all processes go on together
             if lead > best:
-                best, said = lead, _say_losses(steps, true, shuffled)
+                best, said = lead, _say_losses(subject, steps, true, shuffled)
             if lead > SIGNIFICANT:
                 break
         plain = None
@@ -165,7 +165,7 @@ def check_learning(subject: Subject) -> Iterator[Finding]:
             plain = _train(subject, steps, _plain_batches(subject))
     learned = best > SIGNIFICANT
     if learned or plain is None or plain.better_than(shuffled) <= SIGNIFICANT:
-        yield _labels_fit(subject, best, f"{said}: better by {number(best)} standard errors")
+        yield _labels_fit(subject, best, f"{said} better by {number(best)} standard errors")
     if plain is not None:
         yield _augmentation_keeps(true, plain, shuffled, steps)
     error = float(leaked.std()) / math.sqrt(size)
@@ -180,9 +180,11 @@ def check_learning(subject: Subject) -> Iterator[Finding]:
     )
 
 
-def _say_losses(steps: int, true: _Probe, shuffled: _Probe) -> str:
+def _say_losses(subject: Subject, steps: int, true: _Probe, shuffled: _Probe) -> str:
     losses = [number(float(probe.loss_N.mean())) for probe in (true, shuffled)]
-    return f"after {steps} steps validation loss {losses[0]}, and {losses[1]} from shuffled labels"
+    by_loss = _errors(shuffled.loss_N - true.loss_N) >= _errors(shuffled.metric_N - true.metric_N)
+    where = ":" if by_loss else f"; in {subject.settings.best_metric}"
+    return f"after {steps} steps validation loss {losses[0]}, and {losses[1]} from shuffled labels{where}"
 
 
 def _labels_fit(subject: Subject, lead: float, said: str) -> Finding:
