@@ -132,7 +132,8 @@ def test_description_is_plain_json():
     images, labels = random_images(3, 1 / 255), torch.arange(40) % 2
     described = module(images, labels, Normalization(1 / 255, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0))).describe()
     read = json.loads(json.dumps(described, allow_nan=False))
-    assert read["inputs"] == {"task": "image", "shape": [3, 6, 5], "vocabulary_size": 0, "category_sizes": []}
+    sizes = {"vocabulary_size": 0, "max_length": 0, "category_sizes": []}
+    assert read["inputs"] == {"task": "image", "shape": [3, 6, 5], **sizes}
     assert read["samples"] == {"train": 40, "validation": 40}
     assert read["class_names"] == ["a", "b"]
     assert read["normalization"] == {"scale": 1 / 255, "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}
