@@ -53,9 +53,8 @@ def build_backbone(
         raise ValueError(f"{name} cannot be built ({_first_line(error)})") from error
     if task == "text":
         tokens_1L = torch.ones(1, max(1, max_length), dtype=torch.int64)
-        _try_sample(
-            name, model, (tokens_1L, torch.tensor([len(tokens_1L[0])])), f"texts of {max_length} tokens (--max_length)"
-        )
+        sample = (tokens_1L, torch.tensor([tokens_1L.shape[1]]))
+        _try_sample(name, model, sample, f"texts of {max_length} tokens (--max_length)")
     else:
         _try_sample(name, model, (torch.zeros(1, *shape),), f"an image of shape {shape}")
     return model
@@ -107,10 +106,8 @@ def _build_hf(
         config = CONFIG_MAPPING[saved["model_type"]].from_dict(saved)
     elif name in CONFIG_MAPPING:
         config = AutoConfig.for_model(name)
-    elif Path(name).is_absolute() or name.startswith("."):
-        if not (Path(name) / "config.json").exists():
-            raise ValueError(f"hf:{name}: the folder is not there, or holds no config.json")
-        config = AutoConfig.from_pretrained(name)
+    elif (Path(name).is_absolute() or name.startswith(".")) and not (Path(name) / "config.json").exists():
+        raise ValueError(f"hf:{name}: the folder is not there, or holds no config.json")
     else:
         config = AutoConfig.from_pretrained(name)
     kind = AutoModelForSequenceClassification if task == "text" else AutoModelForImageClassification

@@ -1,4 +1,4 @@
-"""Options of training, each exact after a kill on one and on two processes, or of no influence at all."""
+"""Options of training, each exact after a kill, or of no influence at all."""
 
 import gzip
 import json

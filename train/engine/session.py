@@ -103,7 +103,7 @@ def open_session(
         settings: the run's.
         runtime: of this start.
         data: what a run must remember of its data, in plain values.
-        model: as it was built, on the CPU.
+        model: as it was built, before anything wraps it.
         plan: cuts the batch; takes the arguments of `plan_batching`.
 
     Raises:
