@@ -1,9 +1,9 @@
-# make train: a trained model from a fresh machine. make test: all tests.
+# make train: a trained model from a fresh machine. make test: all tests. make bench: docs/benchmarks.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install train test lint types check clean
+.PHONY: install train test lint types check bench clean
 
 install: $(VENV)/installed
 
@@ -34,6 +34,12 @@ types: install
 	$(BIN)/mypy
 
 check: test lint types
+
+# Some hours, on a machine that does nothing else. MNIST: a folder with its Parquet files; without it, what needs
+# them is left out. ONLY: titles of sections to make anew, such as ONLY='"Start-up" "Resuming"'.
+bench: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable ".[dev,bench]"
+	PYTHONPATH=. $(BIN)/python bench/report.py $(if $(MNIST),--mnist $(MNIST)) $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,25 +1,152 @@
-"""Saving and loading checkpoints against the bare copies and writes of the same bytes, in one run.
+"""Saving and loading checkpoints: ours, accelerate's, torch's, and the bare copies and writes of the same bytes.
 
-    python bench/checkpoint.py --megabytes 10 200 1000 --repeats 5 --folder FOLDER
+    PYTHONPATH=. python bench/checkpoint.py --megabytes 10 200 1000 --repeats 5 --folder FOLDER
 
-Prints a Markdown table. All rows of one size are measured in turn within each repeat, so that a slow moment of the
-machine meets all of them. Ratios are medians of the ratios within the repeats.
+Prints a Markdown table. State as Adam has it: weights and two moments. *Stand-still* is how long training waits for a
+save, *save* is from the call until the files are complete: with checksums and all flushes for ours, with flushes for
+torch.distributed.checkpoint; accelerate's `save_state` and torch.save flush nothing, so what they say is saved is lost
+if the power goes. *Copy* is one copy in memory, *write* one file with one fsync, *load* verifies every byte. All ways
+take turns in each round; the disk is flushed in between. Ratios are medians of the ratios of the rounds.
 """
 
 import argparse
 import os
-import platform
 import shutil
-import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 import xxhash
+from accelerate import Accelerator
+from torch import nn
 
+from bench.rounds import measure_rounds, ratio, spread
 from train.engine.checkpoint import open_checkpoint, step_name
 from train.engine.writer import CheckpointWriter
+
+LAYER = 2048  # a layer has 4 million weights
+
+
+class Network(nn.Module):
+    """Layers of weights, none of which is used."""
+
+    def __init__(self, parameters: int) -> None:
+        super().__init__()
+        sizes = [LAYER**2] * (parameters // LAYER**2) + [parameters % LAYER**2]
+        self.layers = nn.ParameterList([torch.randn(size) for size in sizes if size])
+
+
+class Subject:
+    """A network and its Adam of so many bytes, and every way to save it."""
+
+    def __init__(self, megabytes: int, folder: Path) -> None:
+        self.folder = folder
+        self.accelerator = Accelerator(cpu=True)
+        network = Network(megabytes * 2**20 // 12)
+        optimizer = torch.optim.Adam(network.parameters(), fused=True)
+        for parameter in network.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
+        weights = dict(network.named_parameters())
+        moments = {
+            f"{name}/{key}": value
+            for name, weight in weights.items()
+            for key, value in optimizer.state[weight].items()
+            if value.ndim
+        }
+        self.files = {"model": {name: weight.detach() for name, weight in weights.items()}, "optimizer": moments}
+        self.files["rng"] = {"process_00000/torch": torch.get_rng_state()}
+        self.tensors = [tensor for part in self.files.values() for tensor in part.values()]
+        self.buffers = [torch.zeros_like(tensor) for tensor in self.tensors]
+        self.writer = CheckpointWriter(folder / "ours", keep=1)
+        (folder / "ours").mkdir()
+        self.writer.reserve(self.files)
+        self.step = 0
+
+    def ways(self) -> dict[str, Callable[[], tuple[float, ...]]]:
+        return {
+            "ours": self.ours,
+            "copy": lambda: self.timed(self.copy),
+            "write": self.write_once,
+            "read": lambda: self.timed(self.read),
+            "load": lambda: self.timed(self.load),
+            "checksum": lambda: self.timed(lambda: [xxhash.xxh3_128(buffer.numpy()) for buffer in self.buffers]),
+            "accelerate save_state": lambda: self.blocking(
+                lambda path: self.accelerator.save_state(str(path), safe_serialization=True)
+            ),
+            "torch.save": lambda: self.blocking(lambda path: torch.save(self.state(), path)),
+            "dcp.async_save": self.distributed,
+        }
+
+    def timed(self, work: Callable[[], object]) -> tuple[float]:
+        start = time.perf_counter()
+        work()
+        return (time.perf_counter() - start,)
+
+    def state(self) -> dict[str, object]:
+        return {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def ours(self) -> tuple[float, float]:
+        self.step += 1
+        record = {"progress": {"step": self.step, "best_step": None}}
+        (still,) = self.timed(lambda: self.writer.save(self.files, record, []))
+        self.writer.wait()
+        os.sync()
+        return still, self.writer.seconds
+
+    def blocking(self, save: Callable[[Path], object]) -> tuple[float, float]:
+        """Time a way of saving for which training waits."""
+        path = self.folder / "peer"
+        (seconds,) = self.timed(lambda: save(path))
+        self.remove(path)
+        return seconds, seconds
+
+    def distributed(self) -> tuple[float, float]:
+        path = self.folder / "distributed"
+        start = time.perf_counter()
+        future = dcp.async_save(self.state(), checkpoint_id=str(path))
+        still = time.perf_counter() - start
+        future.result()
+        seconds = time.perf_counter() - start
+        self.remove(path)
+        return still, seconds
+
+    def remove(self, path: Path) -> None:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        os.sync()
+
+    def copy(self) -> None:
+        for buffer, tensor in zip(self.buffers, self.tensors):
+            buffer.copy_(tensor)
+
+    def write_once(self) -> tuple[float]:
+        seconds = self.timed(lambda: self.write("written"))
+        self.remove(self.folder / "written")
+        return seconds
+
+    def write(self, name: str) -> None:
+        with open(self.folder / name, "wb", buffering=0) as file:
+            for tensor in self.buffers:
+                view = memoryview(tensor.numpy()).cast("B")
+                while view:
+                    view = view[file.write(view[: 8 * 2**20]) :]
+            os.fsync(file.fileno())
+
+    def read(self) -> None:
+        buffer = memoryview(bytearray(8 * 2**20))
+        with open(self.folder / "plain", "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+    def load(self) -> None:
+        found = open_checkpoint(self.folder / "ours" / step_name(self.step))
+        for part in found.load().values():
+            list(part.values())
 
 
 def main() -> None:
@@ -28,87 +155,33 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", default=None, help="on the disk to measure; default: the temporary folder")
     options = parser.parse_args()
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {platform.processor() or platform.machine()}"
-    )
-    print("| state | what | median seconds | least to most | ratio | against |")
-    print("|---|---|---|---|---|---|")
+    print("| state | way | stand-still, seconds | to one copy | save, seconds | to write with fsync |")
+    print("|---" * 6 + "|")
+    rest = []
     for megabytes in options.megabytes:
         folder = Path(tempfile.mkdtemp(prefix="bench-checkpoint-", dir=options.folder))
         try:
-            _measure(megabytes, options.repeats, folder)
+            subject = Subject(megabytes, folder)
+            subject.ours()
+            subject.write("plain")  # for reading
+            seen = measure_rounds(subject.ways(), options.repeats)
         finally:
             shutil.rmtree(folder)
-
-
-def _measure(megabytes: int, repeats: int, folder: Path) -> None:
-    # As Adam has it: weights and two moments, in layers of at most 4 million numbers.
-    count = megabytes * 2**20 // 12
-    sizes = [4 * 2**20] * (count // (4 * 2**20)) + [count % (4 * 2**20)]
-    layers = [torch.randn(size) for size in sizes if size]
-    files = {
-        "model": {f"{number}.weight": layer for number, layer in enumerate(layers)},
-        "optimizer": {
-            f"{number}.weight/{name}": torch.randn(layer.shape)
-            for number, layer in enumerate(layers)
-            for name in ("exp_avg", "exp_avg_sq")
-        },
-        "rng": {"process_00000/torch": torch.get_rng_state()},
-    }
-    tensors = [tensor for part in files.values() for tensor in part.values()]
-    buffers = [torch.empty_like(tensor).zero_() for tensor in tensors]
-    writer = CheckpointWriter(folder, keep=1)
-    writer.reserve(files)
-    rows: dict[str, list[float]] = {}
-
-    def timed(name: str, work) -> None:
-        start = time.perf_counter()
-        work()
-        rows.setdefault(name, []).append(time.perf_counter() - start)
-
-    for repeat in range(repeats + 1):
-        if repeat == 1:
-            rows.clear()  # the first turn warms up
-        step = repeat + 1
-        record = {"progress": {"step": step, "best_step": None}}
-        timed("copy", lambda: [buffer.copy_(tensor) for buffer, tensor in zip(buffers, tensors)])
-        timed("stand-still", lambda record=record: writer.save(files, record, []))
-        writer.wait()
-        rows.setdefault("save", []).append(writer.seconds)
-        plain = folder / "plain"
-        timed("write", lambda plain=plain: _write_plainly(plain, buffers))
-        timed("checksum", lambda: [xxhash.xxh3_128(buffer.numpy()) for buffer in buffers])
-        timed("read", lambda plain=plain: _read_plainly(plain))
-        path = folder / step_name(step)
-        timed("load", lambda path=path: [list(part.values()) for part in open_checkpoint(path).load().values()])
-        plain.unlink()
-    for name, base in (
-        ("copy", None), ("stand-still", "copy"), ("write", None), ("save", "write"), ("checksum", "write"),
-        ("read", None), ("load", "read"),
-    ):  # fmt: skip
-        seconds = rows[name]
-        ratio = statistics.median(a / b for a, b in zip(seconds, rows[base])) if base else 1.0
-        print(
-            f"| {megabytes} MB | {name} | {statistics.median(seconds):.4f} | {min(seconds):.4f} to {max(seconds):.4f} "
-            f"| {ratio:.2f} | {base or '-'} |",
-            flush=True,
-        )
-
-
-def _write_plainly(path: Path, tensors: list[torch.Tensor]) -> None:
-    with open(path, "wb", buffering=0) as file:
-        for tensor in tensors:
-            view = memoryview(tensor.numpy()).cast("B")
-            while view:
-                view = view[file.write(view[: 8 * 2**20]) :]
-        os.fsync(file.fileno())
-
-
-def _read_plainly(path: Path) -> None:
-    buffer = memoryview(bytearray(8 * 2**20))
-    with open(path, "rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
+        columns = {way: list(zip(*values)) for way, values in seen.items()}
+        copy, write, read = (columns[way][0] for way in ("copy", "write", "read"))
+        for way, (still, *save) in columns.items():
+            if save:
+                print(
+                    f"| {megabytes} MB | {way} | {spread(still, 4)} | {ratio(still, copy)} "
+                    f"| {spread(save[0], 4)} | {ratio(save[0], write)} |",
+                    flush=True,
+                )
+        for way, base, other in (("copy", "", copy), ("write", "", write), ("checksum", "write", write)):
+            rest.append((megabytes, way, base, columns[way][0], other))
+        rest += [(megabytes, "read", "", read, read), (megabytes, "load", "read", columns["load"][0], read)]
+    print("\n| state | what | seconds | ratio | against |\n|---|---|---|---|---|")
+    for megabytes, way, base, seconds, other in rest:
+        print(f"| {megabytes} MB | {way} | {spread(seconds, 4)} | {ratio(seconds, other) if base else ''} | {base} |")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python bench/losses.py --repeats 7
 
 Prints a Markdown table. All run in turn on the same images, with the same window (Gaussian, 11 pixels, sigma 1.5); a
-ratio is the median of the ratios of each round. The peers come with `pip install -e ".[bench]"`; one that is missing
-is named and left out.
+ratio is the median of the ratios of each round. The peers come with `pip install -e ".[bench]"`, but for piq, whose
+torchvision has no build for CPUs on every index; one that is missing is named and left out.
 """
 
 import argparse

@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--block", type=float, default=0.5, help="seconds of a timed block")
+    parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="mixed precision")
     parser.add_argument("--paper", action="store_true", help="print what the formulas say, and measure nothing")
     parser.add_argument("--peak", type=float, default=PEAK, help="of --paper: operations per second of a process")
     parser.add_argument("--share", type=float, default=SHARE, help="of --paper: share of the peak that is reached")
@@ -54,7 +55,9 @@ def main() -> None:
         print("\n".join(paper(options.peak * options.share)))
         return
     machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-    print(f"torch {version('torch')}, {machine}, float32, n = {options.rounds}")
+    os.environ["ACCELERATE_MIXED_PRECISION"] = options.precision  # the processes hear of it as from a launcher
+    precision = "float32" if options.precision == "no" else options.precision
+    print(f"torch {version('torch')}, {machine}, {precision}, n = {options.rounds}")
     for processes in options.processes:
         with start_group(processes, options.block) as group, start_group(1, options.block) as single:
             if "bytes" in options.only:

@@ -157,7 +157,7 @@ class Worker:
                 shard(model)
             state = RunState(model, build_optimizer(settings, model, sharded=way == "fsdp2"), Progress(slots))
         state.model.train()
-        loader, measure = Samples(batch_size), make_measure(inputs.names)
+        loader, measure = Samples(batch_size), make_measure(inputs.names, self.runtime)
         return Loop(settings, self.runtime, session, state, loader, measure, lambda _: {}, Tracker(None), {})
 
 
@@ -181,11 +181,12 @@ def shard(model: nn.Module) -> None:
     fully_shard(model)
 
 
-def make_measure(names: tuple[str, ...]) -> Any:
+def make_measure(names: tuple[str, ...], runtime: Runtime) -> Any:
     """Return what computes the cross-entropy and accuracy of each sample, as train/classify.py does."""
 
     def measure(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        logits, labels = model(*(batch[name] for name in names)).float(), batch["labels"]
+        with runtime.accelerator.autocast():  # for the ways that Accelerate does not wrap
+            logits, labels = model(*(batch[name] for name in names)).float(), batch["labels"]
         loss = F.cross_entropy(logits, labels, reduction="none")
         return {"loss": loss, "accuracy": (logits.argmax(dim=1) == labels).float()}
 

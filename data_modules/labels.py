@@ -82,8 +82,10 @@ def number_labels(rows: Rows, column: str | None, class_names: list[str]) -> tor
     named = {name: number for number, name in enumerate(class_names)}
     numbered = type(feature).__name__ == "ClassLabel"
     numbers = [0] * len(rows)
-    for row, value in enumerate(rows.column(column).to_pylist()):
-        number = _number(value, named, len(class_names), numbered)
+    values = rows.column(column).to_pylist()
+    number_of = {value: _number(value, named, len(class_names), numbered) for value in set(values)}
+    for row, value in enumerate(values):
+        number = number_of[value]
         if number is None:
             missing = _trimmed(value) is None or value != value
             problem = MISSING if missing else _not_among(class_names)

@@ -36,18 +36,23 @@ class PointPreprocessing:
             raise DataError(
                 f"split {rows.name!r} has no column {self.column!r}, only {', '.join(rows.data.column_names)}"
             )
+        import pyarrow.compute as pc
+
+        column = rows.column(self.column)
+        lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy()
+        fitting = lengths == self.size
+        values = pc.list_flatten(column.filter(fitting)).to_numpy(zero_copy_only=False)
         points = np.zeros((len(rows), self.size), dtype=np.float32)
-        for row, values in enumerate(rows.column(self.column).to_pylist()):
-            if values is None or len(values) != self.size:
-                found = "is missing" if values is None else f"has {len(values)} numbers, most samples {self.size}"
-                rows.reject(row, f"column {self.column!r} {found}")
-                continue
-            with np.errstate(over="ignore"):
-                point = np.array(values, dtype=np.float32)  # None becomes NaN
-            if np.isfinite(point).all():
-                points[row] = point
-            else:
-                rows.reject(row, f"column {self.column!r} holds a number that is missing, not finite or above 3.4e38")
+        with np.errstate(over="ignore"):
+            points[fitting] = values.reshape(-1, self.size)  # None becomes NaN
+        finite = np.isfinite(points).all(axis=1)
+        points[~finite] = 0
+        for row in np.flatnonzero(~(fitting & finite)).tolist():
+            found = "holds a number that is missing, not finite or above 3.4e38"
+            if not fitting[row]:
+                length = lengths[row]
+                found = "is missing" if length < 0 else f"has {length} numbers, most samples {self.size}"
+            rows.reject(row, f"column {self.column!r} {found}")
         return Arrays({"inputs": torch.from_numpy(points)})
 
     def describe(self) -> dict[str, Any]:

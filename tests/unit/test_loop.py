@@ -32,6 +32,27 @@ def test_a_step_that_is_not_applied_leaves_the_averages_of_batch_norm_as_they_we
     assert not before["0.weight"].equal(now["0.weight"])
 
 
+def test_a_loss_that_is_not_finite_is_not_applied_though_its_gradient_is(tmp_path):
+    subject = classify_subject(tmp_path, on_nonfinite="skip", batch_size=32)
+    sound, spoiled = subject.measure, [True]
+
+    def measure(model, batch):
+        values = sound(model, batch)
+        if spoiled[0]:
+            extra = torch.zeros(len(values["loss"]))
+            extra[3] = torch.inf  # a constant, which has no gradient
+            values["loss"] = values["loss"] + extra
+        return values
+
+    subject.measure = measure
+    loop = probe_loop(subject)
+    batches, before = coming_batches(loop), [weight.clone() for weight in subject.state.model.parameters()]
+    assert not take_step(loop, next(batches)).applied
+    assert all(weight.equal(now) for weight, now in zip(before, subject.state.model.parameters()))
+    spoiled[0] = False
+    assert take_step(loop, next(batches)).applied
+
+
 @pytest.mark.parametrize(
     ("metric", "mode"),
     [("val/loss", "min"), ("val/ema_loss", "min"), ("val/mse", "min"), ("val/accuracy", "max"), ("val/psnr", "max")],

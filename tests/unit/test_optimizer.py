@@ -41,12 +41,52 @@ def test_biases_and_norms_have_no_weight_decay(kind, build):
     assert spared == (wanted | norms if isinstance(model, FastCNN) else wanted)
 
 
-def test_a_checkpoint_with_one_group_is_refused():
+def trained(settings, groups=None):
     model = MLP()
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = build_optimizer(settings, model) if groups is None else torch.optim.AdamW(groups(model))
+    nn.functional.cross_entropy(model(torch.ones(4, 2)), torch.zeros(4, dtype=torch.int64)).backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_without_weight_decay_there_is_one_group_and_the_same_steps():
+    pairs = []
+    for decay in (0.0, 1e-30):  # which does nothing in float32
+        torch.manual_seed(0)
+        pairs.append(trained(TrainSettings(weight_decay=decay)))
+    assert [len(optimizer.param_groups) for _, optimizer in pairs] == [1, 2]
+    (model, _), (other, _) = pairs
+    assert all(one.equal(same) for one, same in zip(model.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.0, 0.1), (0.1, 0.0), (0.1, 0.2)])
+def test_weight_decay_that_the_user_changed_regroups(before, after):
+    model, optimizer = trained(TrainSettings(weight_decay=before))
     tensors, record = capture_optimizer(optimizer, model)
-    with pytest.raises(ValueError, match="other groups of parameters"):
-        restore_optimizer(build_optimizer(TrainSettings(), model), model, tensors, record)
+    restored = build_optimizer(TrainSettings(weight_decay=after), model)
+    restore_optimizer(restored, model, tensors, record, changed=["weight_decay"])
+    assert [group["weight_decay"] for group in restored.param_groups] == ([after, 0.0] if after else [0.0])
+    for parameter in model.parameters():
+        assert restored.state[parameter]["exp_avg"].equal(optimizer.state[parameter]["exp_avg"])
+    fresh = build_optimizer(TrainSettings(weight_decay=after), model)
+    if before and not after:  # two values of a setting, and nobody agreed to lose one
+        with pytest.raises(ValueError, match="other settings for some of them"):
+            restore_optimizer(fresh, model, tensors, record)
+        assert not fresh.state and fresh.param_groups[0]["weight_decay"] == 0
+
+
+def test_groups_of_an_older_checkpoint_go_on_with_their_settings():
+    """One for all, one for each parameter, in another order."""
+    shapes = [
+        lambda model: list(model.parameters())[::-1],
+        lambda model: [{"params": [parameter]} for parameter in model.parameters()],
+    ]
+    for groups in shapes:
+        model, optimizer = trained(None, groups)
+        tensors, record = capture_optimizer(optimizer, model)
+        restored = build_optimizer(TrainSettings(weight_decay=0.3), model)
+        restore_optimizer(restored, model, tensors, record)
+        assert {group["weight_decay"] for group in restored.param_groups} == {0.01}
 
 
 # ---- Muon ------------------------------------------------------------------------------------------------------------

@@ -343,10 +343,6 @@ def evaluate_while_training(subject):
     subject.measure = lambda model, batch: measure(model.eval(), batch)
 
 
-def keep_gradients(subject):
-    subject.state.optimizer.zero_grad = lambda set_to_none=True: None
-
-
 def replace_head(subject):
     subject.state.model.head = nn.Linear(64, 10)  # after the optimizer was built
 
@@ -391,7 +387,6 @@ PLANTED = {
     "softmax keeps the loss up": (Softmax, {}, nothing, "overfit one batch"),
     "sigmoid on the logits": (Sigmoid, {}, nothing, "overfit one batch"),
     "ReLU on the logits": (ReluLogits, {}, nothing, "logits"),
-    "missing zero_grad": (Net, {}, keep_gradients, "gradients cleared"),
     "detached head": (DetachedHead, {}, nothing, "gradient flow"),
     "layer that is not used": (UnusedLayer, {}, nothing, "gradient flow"),
     "dead units": (DeadUnits, {}, nothing, "outputs differ"),
@@ -497,6 +492,13 @@ def test_loss_averaged_twice_under_accumulation_is_named(tmp_path, monkeypatch):
     found = {finding.check: finding for finding in examine(subject, [preflight.check_step]).findings}
     assert found["gradient of the loop"].status == "fail"
     assert "4 passes" in found["gradient of the loop"].causes[0]
+
+
+def test_gradients_that_are_not_cleared_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(Loop, "_drop_gradients", lambda loop: None)
+    subject = classify_subject(tmp_path, build=of(Net))
+    found = {finding.check: finding for finding in examine(subject, [preflight.check_step]).findings}
+    assert found["gradients cleared"].status == "fail" and found["gradients cleared"].causes
 
 
 def test_the_network_without_a_bug_passes(tmp_path):

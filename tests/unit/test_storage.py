@@ -537,3 +537,20 @@ def test_power_loss_at_every_call(tmp_path, monkeypatch, pick_file, pick_folder)
         storage.sweep(target)
         assert {path.name for path in target.iterdir()} == {step_name(step) for step in range(1, found.step + 1)}
     assert seen == {1, 2, 3}
+
+
+def test_a_flusher_has_flushed_all_at_its_end_and_says_what_it_could_not(tmp_path, monkeypatch):
+    """A process of several has nobody else who flushes its files: rank 0 may be on another machine."""
+    flushed = []
+    monkeypatch.setattr(storage, "sync", lambda path: flushed.append(path.name))
+    with storage.Flusher() as flusher:
+        for number in range(20):
+            flusher.add(tmp_path / str(number))
+    assert sorted(flushed, key=int) == [str(number) for number in range(20)]
+
+    def fail(path):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(storage, "sync", fail)
+    with pytest.raises(OSError, match="broken"), storage.Flusher() as flusher:
+        flusher.add(tmp_path / "0")

@@ -43,6 +43,8 @@ def build_optimizer(settings: TrainSettings, model: nn.Module, *, sharded: bool 
 
 
 def _groups(settings: TrainSettings, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+    if settings.weight_decay == 0:  # a second group is a second call of the kernels, which a small network would notice
+        return [{"params": parameters, "weight_decay": 0.0}] if parameters else []
     groups: list[dict[str, Any]] = [
         {
             "params": [parameter for parameter in parameters if parameter.ndim > 1],
@@ -82,27 +84,35 @@ def restore_optimizer(
 ) -> None:
     """Put an optimizer into the captured state. Values keep their dtype, which load_state_dict would cast.
 
-    Settings of its groups that are named in `changed` stay as they are, and so does the choice of kernels.
+    Settings of its groups that are named in `changed` stay as they are, and so does the choice of kernels. Parameters
+    may be grouped otherwise than they were: without weight decay all are in one group.
 
     Raises:
-        ValueError: the checkpoint is of another kind of optimizer or other parameters; nothing was changed.
+        ValueError: the checkpoint is of another kind of optimizer or other parameters, or a group here would need two
+            values of one setting; nothing was changed.
     """
     names = parameter_names(model)
     kind = type(optimizer).__name__
     if record["kind"] != kind:
         raise ValueError(f"the checkpoint holds an optimizer {record['kind']}, this run uses {kind}")
+    kept = (*changed, *_KERNELS)
+    saved: dict[str, dict[str, Any]] = {}
+    for group in record["groups"]:
+        settings = {key: value for key, value in group["settings"].items() if key not in kept}
+        saved |= dict.fromkeys(group["params"], settings)
     here = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-    if here != [group["params"] for group in record["groups"]]:
+    several = [group for group in here if any(saved.get(name) != saved.get(group[0]) for name in group)]
+    if several or {name for group in here for name in group} != saved.keys():
         raise ValueError(
-            "the optimizer of the checkpoint has other parameters, or other groups of parameters, than the one of this "
-            "run. Its weights can be the start of another run: --init_from, with another --run_name"
+            "the optimizer of the checkpoint has other parameters, or other settings for some of them, than the one of "
+            "this run. Its weights can be the start of another run: --init_from, with another --run_name"
         )
     by_name: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {}
-    for group, saved in zip(optimizer.param_groups, record["groups"]):
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
             by_name[names[id(parameter)]] = (parameter, group)
-        settings = {key: _unpack(value, tensors, None, False) for key, value in saved["settings"].items()}
-        group.update({key: value for key, value in settings.items() if key not in (*changed, *_KERNELS)})
+        settings = saved[names[id(group["params"][0])]]
+        group.update({key: _unpack(value, tensors, None, False) for key, value in settings.items()})
     optimizer.state.clear()
     for name, values in record["states"].items():
         parameter, group = by_name[name]

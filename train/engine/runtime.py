@@ -20,6 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 from train.engine.deepspeed import check_deepspeed, check_installed
 from train.engine.errors import TrainingError, UsageError
 from train.engine.launched import check_count
+from train.engine.memory import keep_freed_memory
 from train.engine.randomness import seed_all, use_deterministic_algorithms
 from train.engine.settings import RunSettings
 
@@ -162,6 +163,8 @@ def start_runtime(settings: RunSettings) -> Runtime:
             "GPUs; choose another file of launch/"
         )
     check_count(accelerator.num_processes, os.environ)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     seed_all(settings.seed)
     if settings.deterministic:
         use_deterministic_algorithms()

@@ -77,7 +77,7 @@ class RunState:
     scaler: Any = None  # torch.amp.GradScaler with fp16
     zero: Zero | None = None  # with DeepSpeed
     ema: Tensors | None = None  # running average of the weights, by clean name
-    window: torch.Tensor | None = None  # sums of the training metrics since the last log line, of this process
+    window: torch.Tensor | None = None  # sums since the last log line, of this process: see step_sums.py
     carried: Tensors | None = None  # what else passes from one step to the next, such as the state of an LSTM
 
 
@@ -103,7 +103,7 @@ def capture(state: RunState, runtime: Runtime) -> tuple[dict[str, Tensors], dict
         for rank, value in enumerate(runtime.gather(mine))
     }
     if state.window is not None:
-        windows = runtime.gather(state.window.detach().cpu())
+        windows = runtime.gather(state.window)
         files["rng"] |= {f"process_{rank:05d}/window": window for rank, window in enumerate(windows)}
     record = {
         "progress": asdict(state.progress),
@@ -148,7 +148,7 @@ def restore(
         window = torch.stack(windows).sum(dim=0) if windows else None
         if window is not None and runtime.rank > 0:
             window = torch.zeros_like(window)
-    state.window = None if window is None else window.to(runtime.device)
+    state.window = window
 
 
 def restore_model(model: nn.Module, saved: Mapping[str, torch.Tensor], saved_aliases: dict[str, str]) -> None:

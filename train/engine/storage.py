@@ -21,6 +21,7 @@ import xxhash
 
 CHUNK_BYTES = 256 * 2**10  # read and hashed, or hashed and written, within the processor's cache
 FLUSH_BYTES = 16 * 2**20
+FLUSHED_AT_ONCE = 8  # files of a checkpoint: flushes that meet share a commit of the file system's journal
 
 # The names that safetensors 0.8 gives to dtypes. complex128 is the one torch dtype in use that it lacks.
 DTYPE_NAMES = {
@@ -98,6 +99,31 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+class Flusher:
+    """Flushes files in the background, each as soon as it is written; at the end of the block all are on the disk."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(FLUSHED_AT_ONCE)
+        self._flushes: list[Future[None]] = []
+
+    def add(self, path: Path) -> None:
+        """Begin to flush a file that is written."""
+        self._flushes.append(self._pool.submit(sync, path))
+
+    def __enter__(self) -> Flusher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for all.
+
+        Raises:
+            OSError: one could not be flushed. The system may report that only once, and here it is heard.
+        """
+        self._pool.shutdown()
+        for flush in self._flushes:
+            flush.result()
+
+
 def replace_file(path: Path, text: str) -> None:
     """Put a small file in place of another: readers see the old or the new one, also after a power loss."""
     temporary = path.with_name(f".tmp-{path.name}")
@@ -119,7 +145,8 @@ def commit_directory(final: Path, fill: Callable[[Path], None]) -> None:
     remove_tree(temporary)
     os.mkdir(temporary)
     fill(temporary)
-    # All together at the end: a journaling file system then commits once, not once for each file.
+    # What is flushed already costs next to nothing here. The rest together at the end: a journaling file system then
+    # commits once, not once for each file.
     for name in sorted(os.listdir(temporary)):
         sync(temporary / name)
     sync(temporary)

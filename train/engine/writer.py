@@ -152,11 +152,16 @@ class CheckpointWriter:
 
     def _fill(self, path: Path, files: dict[str, Tensors], text: str, step: int) -> None:
         """Write all files of a checkpoint into its temporary directory; with shards, together with the others."""
-        entries = _write_tensors(path, files) if self._shards is None else self._write_together(path, files)
-        entries["state.json"] = storage.write_file(path / "state.json", [text.encode()])
-        content = {"format": checkpoint.FORMAT, "step": step, "files": entries}
-        manifest = json.dumps({**content, "digest": checkpoint.digest(content)}, indent=1)
-        storage.write_file(path / "manifest.json", [manifest.encode()])
+        with storage.Flusher() as flusher:
+            if self._shards is None:
+                entries = _write_tensors(path, files, flusher)
+            else:
+                entries = self._write_together(path, files)
+            entries["state.json"] = storage.write_file(path / "state.json", [text.encode()])
+            flusher.add(path / "state.json")
+            content = {"format": checkpoint.FORMAT, "step": step, "files": entries}
+            manifest = json.dumps({**content, "digest": checkpoint.digest(content)}, indent=1)
+            storage.write_file(path / "manifest.json", [manifest.encode()])
 
     def _write_together(self, path: Path | None, files: dict[str, Tensors]) -> dict[str, Any]:
         """Write this process's files into the directory that rank 0 names; return the entries of all files.
@@ -171,9 +176,8 @@ class CheckpointWriter:
             return {}
         mine: dict[str, Any] | OSError
         try:
-            mine = _write_tensors(box[0], files)
-            for name in mine:
-                storage.sync(box[0] / name)  # rank 0 may be on another machine and cannot do it
+            with storage.Flusher() as flusher:  # rank 0 may be on another machine and cannot do it
+                mine = _write_tensors(box[0], files, flusher)
         except OSError as error:
             mine = error
         everyone: list[Any] = [None] * dist.get_world_size(self._shards)
@@ -194,8 +198,10 @@ def _host_buffer(shape: torch.Size, dtype: torch.dtype, device_type: str) -> tor
     return torch.empty(shape, dtype=dtype, pin_memory=device_type == "cuda")
 
 
-def _write_tensors(path: Path, files: dict[str, Tensors]) -> dict[str, Any]:
-    return {
-        f"{name}.safetensors": storage.write_file(path / f"{name}.safetensors", storage.tensor_chunks(tensors))
-        for name, tensors in files.items()
-    }
+def _write_tensors(path: Path, files: dict[str, Tensors], flusher: storage.Flusher) -> dict[str, Any]:
+    entries = {}
+    for part, tensors in files.items():
+        file = path / f"{part}.safetensors"
+        entries[file.name] = storage.write_file(file, storage.tensor_chunks(tensors))
+        flusher.add(file)
+    return entries

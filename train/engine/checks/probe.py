@@ -70,9 +70,11 @@ class Taken:
 
 def take_step(loop: Loop, batch: GlobalBatch) -> Taken:
     """Use one global batch; a step that is not finite is not applied, but raises nothing."""
+    loop.add_up()
     loop.state.window = None
     with suppress(TrainingError):  # raised on the CPU only; the sums say the same on any device
         loop.step(batch)
+    loop.add_up()
     assert loop.state.window is not None
     *totals, count, norm, _, steps = loop.runtime.sum(loop.state.window).tolist()
     if steps == 0:

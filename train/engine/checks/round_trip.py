@@ -106,6 +106,7 @@ def _steps(loop: Loop, count: int) -> None:
     batches = coming_batches(loop)
     for _ in range(count):
         loop.step(next(batches))
+    loop.add_up()
     if not loop.on_cpu:
         torch.accelerator.synchronize()
 

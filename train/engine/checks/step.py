@@ -153,7 +153,7 @@ def _gradients_cleared(subject: Subject) -> Finding:
         f"after a step, gradients are left in {listing(left)}" if left else "none is left after a step",
         "every step starts from zero",
         (
-            "optimizer.zero_grad() is not called after the step",
+            "gradients are not dropped after the step: see Loop._drop_gradients, optimizer.zero_grad()",
             "these parameters are trained, but not by this optimizer: it clears its own only",
         ),
         left=left,
