@@ -9,6 +9,8 @@ import random
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -596,6 +598,34 @@ def test_error_surfaces_once_and_the_next_save_works(tmp_path, monkeypatch):
     writer.save(make_state(3), make_record(3), [])
     writer.wait()
     assert list_steps(tmp_path) == [3] and not writer.failed
+
+
+# The tensors' bytes are held back until the main thread has ended; then there are files to flush, one in several parts.
+ENDS_IN_AN_ERROR = """
+import sys, threading
+from pathlib import Path
+from tests.damage import make_record, make_state
+from train.engine import storage
+from train.engine.writer import CheckpointWriter
+
+real = storage.tensor_chunks
+
+def held_back(tensors):
+    threading.main_thread().join()
+    yield from real(tensors)
+
+storage.tensor_chunks, storage.FLUSH_BYTES, storage.CHUNK_BYTES = held_back, 1000, 100
+CheckpointWriter(Path(sys.argv[1]), 3).save(make_state(1), make_record(1), [])
+raise SystemExit(3)
+"""
+
+
+def test_checkpoint_in_flight_is_finished_when_the_training_thread_ends_in_an_error(tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDS_IN_AN_ERROR, tmp_path], capture_output=True, text=True, timeout=120
+    )
+    assert (ended.returncode, ended.stderr) == (3, "")
+    assert holds(open_checkpoint(tmp_path / step_name(1)), 1)
 
 
 def test_files_named_are_flushed_before_the_checkpoint_exists(tmp_path, monkeypatch):

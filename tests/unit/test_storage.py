@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import subprocess
+import threading
 
 import pytest
 import safetensors.torch
@@ -436,12 +437,14 @@ class VolatileDisk(Proxy):
     """The module `os`, which remembers what the disk held after each call, and what had been flushed by then.
 
     What a power loss leaves is, for each file and each directory by itself, its content at some moment between its
-    latest flush and the loss. Nothing may be deleted while it watches: it tells files apart by their numbers.
+    latest flush and the loss. Nothing may be deleted while it watches: it tells files apart by their numbers. One call
+    at a time: files are flushed in other threads than the one that writes.
     """
 
     def __init__(self, root):
         super().__init__(os)
         self.root = root
+        self.lock = threading.Lock()
         self.history = []  # after each call: number -> content, bytes for files, name -> number for directories
         self.flushed = []  # number -> position in the history
         self.remember({})
@@ -459,13 +462,15 @@ class VolatileDisk(Proxy):
         self.flushed.append((self.flushed[-1] if self.flushed else {}) | flushed)
 
     def fsync(self, descriptor):
-        os.fsync(descriptor)
-        self.remember({os.fstat(descriptor).st_ino: len(self.history)})
+        with self.lock:
+            os.fsync(descriptor)
+            self.remember({os.fstat(descriptor).st_ino: len(self.history)})
 
     def _change(self, name, *arguments):
-        result = getattr(os, name)(*arguments)
-        self.remember({})
-        return result
+        with self.lock:
+            result = getattr(os, name)(*arguments)
+            self.remember({})
+            return result
 
     def open(self, *arguments):
         return self._change("open", *arguments)

@@ -11,8 +11,8 @@ import json
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import xxhash
 
 CHUNK_BYTES = 256 * 2**10  # read and hashed, or hashed and written, within the processor's cache
 FLUSH_BYTES = 16 * 2**20
-FLUSHED_AT_ONCE = 8  # files of a checkpoint: flushes that meet share a commit of the file system's journal
 
 # The names that safetensors 0.8 gives to dtypes. complex128 is the one torch dtype in use that it lacks.
 DTYPE_NAMES = {
@@ -43,27 +42,27 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, An
     """
     digest = xxhash.xxh3_128()
     size = flushed = 0
-    flush: Future[None] | None = None
+    flush: Flush | None = None
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    with ThreadPoolExecutor(1) as flusher:
-        try:
-            for chunk in chunks:
-                view = memoryview(chunk).cast("B")
-                for start in range(0, len(view), CHUNK_BYTES):
-                    piece = view[start : start + CHUNK_BYTES]
-                    digest.update(piece)
-                    size += len(piece)
-                    while piece:
-                        piece = piece[os.write(descriptor, piece) :]
-                    if size - flushed >= FLUSH_BYTES and (flush is None or flush.done()):
-                        if flush is not None:
-                            flush.result()
-                        flush, flushed = flusher.submit(os.fdatasync, descriptor), size
-            if flush is not None:
-                flush.result()
-        finally:
-            flusher.shutdown()
-            os.close(descriptor)
+    try:
+        for chunk in chunks:
+            view = memoryview(chunk).cast("B")
+            for start in range(0, len(view), CHUNK_BYTES):
+                piece = view[start : start + CHUNK_BYTES]
+                digest.update(piece)
+                size += len(piece)
+                while piece:
+                    piece = piece[os.write(descriptor, piece) :]
+                if size - flushed >= FLUSH_BYTES and (flush is None or not flush.is_alive()):
+                    if flush is not None:
+                        flush.wait()
+                    flush, flushed = Flush(os.fdatasync, descriptor), size
+        if flush is not None:
+            flush.wait()
+    finally:
+        if flush is not None:
+            flush.join()  # it uses the descriptor
+        os.close(descriptor)
     return {"size": size, "xxh3_128": digest.hexdigest()}
 
 
@@ -99,16 +98,49 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+class Flush(threading.Thread):
+    """A flush that runs beside its caller, from the moment it is made.
+
+    Not a pool's: a pool takes no work once the main thread has ended, be it by an error, and the checkpoint that is
+    being written then is still finished.
+    """
+
+    def __init__(self, flush: Callable[[Any], None], target: Path | int) -> None:
+        super().__init__(name="flush", daemon=False)
+        self._flush = flush
+        self._target = target
+        self._error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._flush(self._target)
+        except Exception as error:  # raised by `wait`
+            self._error = error
+
+    def wait(self) -> None:
+        """Wait for its end.
+
+        Raises:
+            OSError: it failed. The system may report that only once, and here it is heard.
+        """
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+
 class Flusher:
-    """Flushes files in the background, each as soon as it is written; at the end of the block all are on the disk."""
+    """Flushes files in the background, each as soon as it is written; at the end of the block all are on the disk.
+
+    Flushes that meet share a commit of the file system's journal.
+    """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(FLUSHED_AT_ONCE)
-        self._flushes: list[Future[None]] = []
+        self._flushes: list[Flush] = []
 
     def add(self, path: Path) -> None:
         """Begin to flush a file that is written."""
-        self._flushes.append(self._pool.submit(sync, path))
+        self._flushes.append(Flush(sync, path))
 
     def __enter__(self) -> Flusher:
         return self
@@ -117,11 +149,12 @@ class Flusher:
         """Wait for all.
 
         Raises:
-            OSError: one could not be flushed. The system may report that only once, and here it is heard.
+            OSError: one could not be flushed.
         """
-        self._pool.shutdown()
         for flush in self._flushes:
-            flush.result()
+            flush.join()
+        for flush in self._flushes:
+            flush.wait()
 
 
 def replace_file(path: Path, text: str) -> None:
