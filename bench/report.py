@@ -49,7 +49,7 @@ PARTS = (
     ),
     Part(
         "The whole job",
-        f"bench/job.py --dataset {MNIST} --repeats 5 --far 1 --at_once 2 --results runs/bench_job.jsonl",
+        f"bench/job.py --dataset {MNIST} --repeats 5 --at_once 2 --results runs/bench_job.jsonl",
         "Seconds from the start of the process to an accuracy on MNIST's test split, with all imports, all "
         "reading and all evaluations, on one thread, two ways side by side. A repeat is a seed. What an "
         "interrupted run has measured is kept in `runs/bench_job.jsonl`; remove that file to measure anew.",
@@ -120,6 +120,8 @@ def main() -> None:
     parser.add_argument("--mnist", help="a folder with MNIST's Parquet files; without it, what needs them is left out")
     parser.add_argument("--only", nargs="+", choices=[part.title for part in PARTS], help="sections to make anew")
     options = parser.parse_args()
+    if options.mnist and not any((ROOT / options.mnist).rglob("*.parquet")):
+        parser.error(f"--mnist: no Parquet files in {options.mnist}")
     sections = read_sections(DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else "")
     failed = []
     for part in PARTS:

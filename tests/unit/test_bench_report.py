@@ -40,9 +40,20 @@ def test_a_part_that_fails_loses_no_other(document, monkeypatch):
     assert sections["By hand"] == "kept\n\n| a |\n|---|"
 
 
-def test_only_one_part_and_no_folder_of_this_machine(document, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["report.py", "--only", "Third", "--mnist", "/data/my mnist"])
+def test_only_one_part_and_no_folder_of_this_machine(document, monkeypatch, tmp_path):
+    mnist = tmp_path / "my mnist"
+    mnist.mkdir()
+    (mnist / "train.parquet").touch()
+    monkeypatch.setattr(sys, "argv", ["report.py", "--only", "Third", "--mnist", str(mnist)])
     report.main()
     sections = report.read_sections(document.read_text())
     assert sections["Second"] == "old figures" and "First" not in sections
     assert sections["Third"].endswith(f"figures {MNIST}")
+
+
+def test_a_folder_without_the_data_is_said_before_anything_runs(document, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report.py", "--mnist", "nowhere"])
+    with pytest.raises(SystemExit) as ended:
+        report.main()
+    assert ended.value.code == 2 and "no Parquet files in nowhere" in capsys.readouterr().err
+    assert document.read_text() == OLD
