@@ -51,8 +51,9 @@ PARTS = (
         "The whole job",
         f"bench/job.py --dataset {MNIST} --repeats 5 --at_once 2 --results runs/bench_job.jsonl",
         "Seconds from the start of the process to an accuracy on MNIST's test split, with all imports, all "
-        "reading and all evaluations, on one thread, two ways side by side. A repeat is a seed. What an "
-        "interrupted run has measured is kept in `runs/bench_job.jsonl`; remove that file to measure anew.",
+        "reading and all evaluations, on one thread, two ways side by side. A repeat is a seed. *Processor* is the "
+        "training process alone: images are decoded in others. What an interrupted run has measured is kept in "
+        "`runs/bench_job.jsonl`; remove that file to measure anew.",
     ),
     Part(
         "Start-up",
